@@ -1,0 +1,1 @@
+"""agentrun: a framework for fleets of agent workers on a broker."""

@@ -1,0 +1,388 @@
+"""The seam to brokers: three Protocols and the contract they keep, in words.
+
+Brokers move bytes. They know no agents beyond a routing name, no JSON and no telemetry. Everything a broker must
+know of a session's state to keep order is in one small value, `Pending`, which the caller computes, the broker stores
+with each record and hands back with the session's end (`Tail`).
+
+The contract (each line is a check in `agentrun.testing`)
+=========================================================
+
+Log
+  L1  *Compare-and-append.* `SessionLog.append` stores a record if and only if the session's end is still ``after``;
+      else `Conflict`, and nothing is stored. It is durable when it returns (if ``capabilities.durable``).
+  L2  *Dense offsets.* The record gets the offset ``after.next``: 1, 2, 3 … The only jumps there ever are follow a
+      `Tail` with ``lost`` > 0.
+  L3  *Unknown outcomes resolve inside.* A lost answer to an append is settled by the broker before it returns: never
+      a record twice, never a `Conflict` over our own record. `Unavailable` after ``timeout`` means: not known.
+  L4  *Inputs are idempotent.* An append with a ``dedupe`` key stored within ``capabilities.dedupe_window`` raises
+      `Duplicate` with the offset of the first one, also when ``after`` is out of date.
+  L5  *Reading.* ``after`` is exclusive. `read` pages what is stored; `follow` gives history, then live records, in
+      offset order, without loss or duplicate at the seam or after a broken connection. What has expired or was
+      trimmed shows as a jump in the offsets, never as anything else.
+  L6  *Expiry.* Records of kind DELTA may disappear ``capabilities.delta_ttl`` seconds after they were stored, oldest
+      first, all others not. A session whose last deltas may have expired has ``lost`` in its tail (offsets are never
+      given out twice).
+  L7  *Fence.* There is no other: an owner that was superseded meets `Conflict`, reads what came, and finds out.
+
+Queue
+  Q1  An append of kind TURN both shows the record to readers and queues it for its ``agent``, in one step.
+  Q2  *Order.* An input is leased only when `Pending.ready` says so of its session's end: at most one live lease per
+      session, in the order of the pending list; a turn that is handed back blocks its session until it is leased
+      again. An input that is no longer pending is never leased.
+  Q3  *Side by side.* A busy session never delays another, however many inputs it has waiting.
+  Q4  *Expiry.* A lease that is not extended for ``lease_ttl`` seconds is given out again (to anyone). The old holder
+      is stopped by L1, not by the queue.
+  Q5  `Lease.extend` resets the clock; it may be called from any thread and never blocks.
+  Q6  `Lease.nack` with a delay: not leased again before it has passed; without: at once. `Lease.ack`: never again.
+  Q7  `TurnQueue.lease` waits at most ``wait`` seconds and gives one input, so that a caller takes one only into a free
+      slot. It may return None early.
+  Q8  When the pending list changes so that a waiting input becomes ready, it is leased promptly (well within a
+      second), without a poll by the caller.
+
+Signals
+  S1  `Signals.request` reaches every listener of the channel that is connected, and returns the first reply.
+  S2  No listener: `NoListener`, at once and not after the timeout (if ``capabilities.detects_no_listener``).
+  S3  Channels are apart. Nothing is remembered: what must not be lost is in the log.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import AbstractAsyncContextManager
+from typing import NamedTuple, Protocol, Self, runtime_checkable
+
+from msgspec import Struct
+
+from agentrun.errors import InvalidInput
+
+
+class Kind(enum.StrEnum):
+    """What a record is to the broker: where it goes, who may append it, how long it stays."""
+
+    TURN = "in.turn"
+    """May need a worker: a turn, an answer. Queued for an agent. Anyone may append it."""
+    CANCEL = "in.cancel"
+    """Must be remembered but needs no worker: a stop. Anyone may append it."""
+    DELTA = "out.delta"
+    """Tokens and progress; expires early. The lease holder appends it."""
+    EVENT = "out.turn"
+    """Everything else that the lease holder appends."""
+
+    @property
+    def input(self) -> bool:
+        """Whether anyone may append it."""
+        return self in (Kind.TURN, Kind.CANCEL)
+
+
+class Entry(NamedTuple):
+    """One unsettled input of a session."""
+
+    offset: int
+    flag: str = ""
+    """``a`` the head is being run; ``p`` the head is parked (waits for an input that wakes it, or for a time);
+    ``w`` this input wakes a parked head; empty: it waits."""
+
+
+class Pending(tuple[Entry, ...]):
+    """The unsettled inputs of a session, the head first. A value: every change gives a new one.
+
+    Only the head may be leased. It is ready when it is waiting, running (its lease ran out, say) or parked; while it
+    is parked, an input flagged ``w`` is ready as well and, when claimed, takes the head's place: it now carries the
+    turn that the parked head stood for.
+
+    The text form, as it stands in headers: ``13p,15,17w``.
+    """
+
+    __slots__ = ()
+
+    @property
+    def head(self) -> Entry | None:
+        """The input that may be leased, if there is one."""
+        return self[0] if self else None
+
+    @property
+    def running(self) -> bool:
+        """Whether somebody has claimed the head and not given it back (or died with it)."""
+        return bool(self) and self[0].flag == "a"
+
+    @property
+    def parked(self) -> bool:
+        """Whether the head waits for an answer, a stop, or a time."""
+        return bool(self) and self[0].flag == "p"
+
+    def __contains__(self, offset: object) -> bool:
+        return any(e.offset == offset for e in self)
+
+    def ready(self, offset: int) -> bool:
+        """Whether the input at ``offset`` may be leased now."""
+        if not self:
+            return False
+        if self[0].offset == offset:
+            return True
+        return self.parked and any(e.offset == offset and e.flag == "w" for e in self[1:])
+
+    def add(self, offset: int, *, wakes: bool = False) -> Pending:
+        """With a new input at the end; ``wakes`` if it concerns a parked head."""
+        return Pending((*self, Entry(offset, "w" if wakes else "")))
+
+    def claim(self, offset: int) -> Pending:
+        """With the ready input at ``offset`` as the running head.
+
+        Raises:
+            InvalidInput: It is not ready.
+        """
+        if not self.ready(offset):
+            raise InvalidInput(f"input {offset} cannot be claimed, pending is [{self}]")
+        return Pending((Entry(offset, "a"), *(e for e in self[1:] if e.offset != offset)))
+
+    def park(self) -> Pending:
+        """With the head waiting for a waker."""
+        return Pending((Entry(self[0].offset, "p"), *self[1:]))
+
+    def release(self) -> Pending:
+        """With the head given back: to be leased again at once."""
+        return Pending((Entry(self[0].offset), *self[1:]))
+
+    def settle(self, *offsets: int) -> Pending:
+        """Without these inputs."""
+        return Pending(e for e in self if e.offset not in offsets)
+
+    def __str__(self) -> str:
+        return ",".join(f"{e.offset}{e.flag}" for e in self)
+
+    @classmethod
+    def parse(cls, text: str) -> Pending:
+        """Read the text form.
+
+        Raises:
+            InvalidInput: It is not one.
+        """
+        try:
+            return cls(
+                Entry(int(item[:-1]), item[-1]) if item[-1] in "apw" else Entry(int(item))
+                for item in text.split(",")
+                if item
+            )
+        except (ValueError, IndexError) as error:
+            raise InvalidInput(f"not a list of pending inputs such as '13p,15,17w': {text!r}") from error
+
+
+class Tail(Struct, frozen=True):
+    """A session's end: the offset of its last record and what is pending after it. An empty session has offset 0."""
+
+    offset: int = 0
+    pending: Pending = Pending()
+    cursor: int = 0
+    """The broker's own position of that record, such as a stream sequence. 0: none."""
+    time: float = 0.0
+    """When it was stored, in seconds since the epoch, by the broker's clock."""
+    lost: int = 0
+    """How many offsets may have been given out after it to deltas that have expired since."""
+    kind: Kind | None = None
+
+    @property
+    def next(self) -> int:
+        """The offset the next record gets."""
+        return self.offset + self.lost + 1
+
+
+class Record(Struct, frozen=True):
+    """One record of a session's log."""
+
+    offset: int
+    kind: Kind
+    body: bytes
+    time: float = 0.0
+    """Seconds since the epoch, by the broker's clock."""
+    cursor: int = 0
+    """The broker's own position; a reader may keep it as a hint for where to go on (see `SessionLog.follow`)."""
+    pending: Pending = Pending()
+    agent: str | None = None
+    """Records of kind TURN: whom it is queued for."""
+
+
+class Capabilities(Struct, frozen=True, kw_only=True):
+    """What truly differs between brokers. Each ``False`` has its own check."""
+
+    name: str
+    durable: bool
+    """What was stored survives a restart of the broker."""
+    detects_no_listener: bool
+    """A live request to nobody fails at once."""
+    max_body: int
+    """Bytes a record's body may have."""
+    delta_ttl: float
+    """Seconds a DELTA record stays at least."""
+    dedupe_window: float
+    """Seconds for which a ``dedupe`` key is remembered at least."""
+    lease_ttl: float
+    """Seconds after which a lease that was not extended is given out again, unless the agent has its own."""
+
+
+class Lease(Protocol):
+    """One input, given to one holder for a time."""
+
+    @property
+    def session(self) -> str: ...
+    @property
+    def record(self) -> Record:
+        """The input."""
+        ...
+
+    @property
+    def tail(self) -> Tail:
+        """The session's end when the lease was given; ``tail.pending.ready(record.offset)`` held."""
+        ...
+
+    def extend(self) -> None:
+        """Reset the clock. Any thread, never blocks, best effort: the next one mends a lost one."""
+        ...
+
+    async def ack(self) -> None:
+        """Never lease this input again. Its settlement must be in the log before."""
+        ...
+
+    async def nack(self, *, delay: float = 0.0) -> None:
+        """Give it back, to be leased again after ``delay`` seconds."""
+        ...
+
+
+class TurnQueue(Protocol):
+    """Who works next: inputs, in order per session."""
+
+    async def open(self, agent: str, *, lease_ttl: float | None = None) -> float:
+        """Make the queue of an agent ready for leasing and return the lease time in force, in seconds.
+
+        Raises:
+            Misconfigured: The queue exists with another lease time than the one asked for.
+        """
+        ...
+
+    async def lease(self, agent: str, *, wait: float) -> Lease | None:
+        """Give one ready input, or None after at most ``wait`` seconds."""
+        ...
+
+
+class SessionLog(Protocol):
+    """The sessions' records."""
+
+    async def last(self, session: str) -> Tail:
+        """The session's end. It may lag behind by a moment; `append` finds out."""
+        ...
+
+    async def append(
+        self,
+        session: str,
+        body: bytes,
+        *,
+        kind: Kind,
+        after: Tail,
+        pending: Pending,
+        agent: str | None = None,
+        dedupe: str | None = None,
+        timeout: float = 30.0,
+    ) -> Tail:
+        """Store one record at the end of the session, if its end is still ``after``; return the new end.
+
+        Args:
+            session: The session's id.
+            body: The record, at most ``capabilities.max_body`` bytes.
+            kind: What it is; TURN needs ``agent``.
+            after: The session's end as the caller knows it.
+            pending: The unsettled inputs once this record is stored.
+            agent: For whom a TURN is queued.
+            dedupe: Under what key an input is stored only once.
+            timeout: Seconds after which an outcome that cannot be found out is given up as `Unavailable`.
+
+        Raises:
+            Conflict: The session has moved on.
+            Duplicate: ``dedupe`` was stored before.
+            TooLarge: ``body`` is over the limit.
+            Unavailable: No answer for ``timeout`` seconds; whether it is stored is not known.
+        """
+        ...
+
+    async def read(
+        self, session: str, *, after: int = 0, deltas: bool = True, limit: int = 1000
+    ) -> Sequence[Record]:
+        """Up to ``limit`` stored records with an offset above ``after``, in order. Fewer than ``limit``: that is all.
+
+        ``deltas=False`` leaves out the records of kind DELTA, at a cost that does not grow with their number.
+        """
+        ...
+
+    def follow(
+        self, session: str, *, after: int = 0, deltas: bool = True, cursor: int = 0
+    ) -> AbstractAsyncContextManager[AsyncIterator[Sequence[Record]]]:
+        """Records above ``after``: what is stored, then live ones as they are stored, for ever.
+
+        They come in lists of at least one. ``cursor`` may be that of the record at ``after``, which spares the search.
+        """
+        ...
+
+    async def delete(self, session: str) -> None:
+        """Remove every record of the session."""
+        ...
+
+
+Handler = Callable[[bytes], Awaitable[bytes | None]]
+"""Answers a live request; None sends no reply."""
+
+
+class Signals(Protocol):
+    """Live requests, remembered by nobody."""
+
+    def listen(self, channel: str, handler: Handler) -> AbstractAsyncContextManager[None]:
+        """Answer requests on the channel while the context is open. Handlers of one channel run side by side."""
+        ...
+
+    async def request(self, channel: str, body: bytes, *, timeout: float) -> bytes:
+        """Send a request and return the first reply.
+
+        Raises:
+            NoListener: Nobody listens.
+            Unavailable: No reply within ``timeout`` seconds.
+        """
+        ...
+
+    async def gather(self, channel: str, body: bytes, *, wait: float) -> list[bytes]:
+        """Send a request and return all replies that come within ``wait`` seconds."""
+        ...
+
+
+class Broker(Protocol):
+    """A connection to a broker, an async context manager. Entering connects and checks; it never creates streams."""
+
+    @property
+    def capabilities(self) -> Capabilities: ...
+    @property
+    def turns(self) -> TurnQueue: ...
+    @property
+    def log(self) -> SessionLog: ...
+    @property
+    def signals(self) -> Signals: ...
+    async def __aenter__(self) -> Self: ...
+    async def __aexit__(self, *exc: object) -> None: ...
+
+
+class QueueStats(Struct, frozen=True):
+    """An agent's queue: inputs not yet given out, given out and not settled, and the lease time in seconds."""
+
+    agent: str
+    waiting: int
+    leased: int
+    lease_ttl: float
+
+
+@runtime_checkable
+class BrokerAdmin(Protocol):
+    """What an operator does. Creating resources is an explicit act."""
+
+    async def setup(self, *, dry_run: bool = False) -> list[str]:
+        """Create or update what is needed; idempotent. Return what was (or would be) done, a line each."""
+        ...
+
+    async def stats(self) -> list[QueueStats]:
+        """The queues of all agents."""
+        ...
