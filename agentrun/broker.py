@@ -201,6 +201,11 @@ class Record(Struct, frozen=True):
     agent: str | None = None
     """Records of kind TURN: whom it is queued for."""
 
+    @property
+    def tail(self) -> Tail:
+        """The session's end as it was when this record was the last one."""
+        return Tail(offset=self.offset, pending=self.pending, cursor=self.cursor, time=self.time, kind=self.kind)
+
 
 class Capabilities(Struct, frozen=True, kw_only=True):
     """What truly differs between brokers. Each ``False`` has its own check."""
@@ -303,9 +308,7 @@ class SessionLog(Protocol):
         """
         ...
 
-    async def read(
-        self, session: str, *, after: int = 0, deltas: bool = True, limit: int = 1000
-    ) -> Sequence[Record]:
+    async def read(self, session: str, *, after: int = 0, deltas: bool = True, limit: int = 1000) -> Sequence[Record]:
         """Up to ``limit`` stored records with an offset above ``after``, in order. Fewer than ``limit``: that is all.
 
         ``deltas=False`` leaves out the records of kind DELTA, at a cost that does not grow with their number.

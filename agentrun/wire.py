@@ -173,8 +173,9 @@ class TurnCancel(_Event, tag="turn.cancel", kw_only=True):
 
 
 class _Out(_Event, kw_only=True):
-    turn: str
-    attempt: int
+    # An author leaves these two out; the worker fills them in before the event is stored.
+    turn: str = ""
+    attempt: int = 0
 
 
 class TurnStarted(_Out, tag="turn.started", kw_only=True):
@@ -442,8 +443,7 @@ class _Tag(Struct):
 
 _tag_decoder = msgspec.json.Decoder(_Tag)
 _tags = frozenset(
-    str(cls.__struct_config__.tag)
-    for cls in (*InputEvent.__args__, *OutputEvent.__args__, *ReaderEvent.__args__)
+    str(cls.__struct_config__.tag) for cls in (*InputEvent.__args__, *OutputEvent.__args__, *ReaderEvent.__args__)
 )
 
 
