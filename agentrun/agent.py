@@ -79,6 +79,7 @@ class Context:
             result have one that says so.
         partial: What earlier attempts at this turn left, or None. An agent declared with ``resume=True`` goes on
             after it; any other starts over, and its first output replaces it for readers.
+        resumes: Whether this attempt goes on after ``partial``: there is one, and the agent was declared so.
         usage: Tokens used, added up over what the agent reported; stands in the turn's terminal event.
         finish_reason: Stands in ``turn.completed``; set it before returning.
     """
@@ -100,6 +101,7 @@ class Context:
         self.request = request
         self.messages = messages
         self.partial = partial
+        self.resumes = False
         self.usage: Usage | None = None
         self.finish_reason = "stop"
         self._asked = 0
@@ -206,6 +208,13 @@ class Context:
         return [request.input for request in await self._port.take_steering()]
 
 
+def _function_of(fn: Any) -> Any:
+    # A callable object's shape is that of its __call__; inspect itself looks through partials.
+    if inspect.isroutine(fn) or isinstance(fn, functools.partial):
+        return cast("Any", fn)
+    return type(fn).__call__
+
+
 AgentFunction = Callable[[Context], AsyncIterator[Item]] | Callable[[Context], Awaitable[None]]
 
 
@@ -222,8 +231,7 @@ class Agent:
     """
 
     def __init__(self, fn: AgentFunction, *, name: str | None = None, resume: bool = False) -> None:
-        # A callable object's shape is that of its __call__; partials are looked through by inspect.
-        shape = fn if inspect.isroutine(fn) or isinstance(fn, functools.partial) else type(fn).__call__
+        shape = _function_of(fn)
         self.generator = inspect.isasyncgenfunction(shape)
         if not self.generator and not inspect.iscoroutinefunction(shape):
             raise InvalidInput(
@@ -240,6 +248,7 @@ class Agent:
 
     async def run(self, ctx: Context) -> None:
         """Run the agent to its end, appending what it yields."""
+        ctx.resumes = self.resume and ctx.partial is not None
         if not self.generator:
             await cast("Callable[[Context], Awaitable[None]]", self.fn)(ctx)
             return

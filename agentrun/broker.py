@@ -9,16 +9,19 @@ The contract (each line is a check in `agentrun.testing`)
 
 Log
   L1  *Compare-and-append.* `SessionLog.append` stores a record if and only if the session's end is still ``after``;
-      else `Conflict`, and nothing is stored. It is durable when it returns (if ``capabilities.durable``).
+      else `Conflict`, and nothing is stored. An end that deltas came after is past also when they have expired since.
+      It is durable when it returns (if ``capabilities.durable``).
   L2  *Dense offsets.* The record gets the offset ``after.next``: 1, 2, 3 … The only jumps there ever are follow a
       `Tail` with ``lost`` > 0.
   L3  *Unknown outcomes resolve inside.* A lost answer to an append is settled by the broker before it returns: never
       a record twice, never a `Conflict` over our own record. `Unavailable` after ``timeout`` means: not known.
-  L4  *Inputs are idempotent.* An append with a ``dedupe`` key stored within ``capabilities.dedupe_window`` raises
-      `Duplicate` with the offset of the first one, also when ``after`` is out of date.
+  L4  *Inputs are idempotent.* An append with a ``dedupe`` key that the session stored within
+      ``capabilities.dedupe_window`` raises `Duplicate` with the offset of the first one, also when ``after`` is out of
+      date.
   L5  *Reading.* ``after`` is exclusive. `read` pages what is stored; `follow` gives history, then live records, in
       offset order, without loss or duplicate at the seam or after a broken connection. What has expired or was
-      trimmed shows as a jump in the offsets, never as anything else.
+      trimmed shows as a jump in the offsets, never as anything else. A deleted session begins at 1 again; who
+      followed it gets `SessionGone`, at the latest when it is written to again, and none of the new records.
   L6  *Expiry.* Records of kind DELTA may disappear ``capabilities.delta_ttl`` seconds after they were stored, oldest
       first, all others not. A session whose last deltas may have expired has ``lost`` in its tail (offsets are never
       given out twice).
@@ -43,6 +46,7 @@ Signals
   S1  `Signals.request` reaches every listener of the channel that is connected, and returns the first reply.
   S2  No listener: `NoListener`, at once and not after the timeout (if ``capabilities.detects_no_listener``).
   S3  Channels are apart. Nothing is remembered: what must not be lost is in the log.
+  S4  A handler that runs when its `Signals.listen` context closes may still answer, for `HANDLER_GRACE` seconds.
 """
 
 from __future__ import annotations
@@ -321,6 +325,9 @@ class SessionLog(Protocol):
         """Records above ``after``: what is stored, then live ones as they are stored, for ever.
 
         They come in lists of at least one. ``cursor`` may be that of the record at ``after``, which spares the search.
+
+        Raises:
+            SessionGone: From the iterator: the session was deleted.
         """
         ...
 
@@ -328,6 +335,9 @@ class SessionLog(Protocol):
         """Remove every record of the session."""
         ...
 
+
+HANDLER_GRACE = 5.0
+"""Seconds a handler that runs when its listening ends may still take to answer."""
 
 Handler = Callable[[bytes], Awaitable[bytes | None]]
 """Answers a live request; None sends no reply."""

@@ -173,7 +173,7 @@ class InvalidInput(AgentrunError, ValueError):
     """An argument, id or record that cannot be used. The message says what was expected and what came."""
 
 
-class AuthorSignal(Exception):  # noqa: N818 - these are words an author says, not faults
+class AuthorSignal(Exception):
     """What an agent's author raises to say how a turn goes on."""
 
 

@@ -145,8 +145,8 @@ class TurnRequested(_Event, tag="turn.requested", kw_only=True):
     on_busy: OnBusy = "enqueue"
     deadline: float | None = None
     parent: str | None = None
-    metadata: dict[str, Any] = field(default_factory=dict[str, Any])
-    trace: dict[str, str] = field(default_factory=dict[str, str])
+    metadata: dict[str, Any] = {}
+    trace: dict[str, str] = {}
 
 
 class TurnAnswer(_Event, tag="turn.answer", kw_only=True):
@@ -156,7 +156,7 @@ class TurnAnswer(_Event, tag="turn.answer", kw_only=True):
     request: str
     value: Any
     user: str | None = None
-    trace: dict[str, str] = field(default_factory=dict[str, str])
+    trace: dict[str, str] = {}
 
 
 class TurnCancel(_Event, tag="turn.cancel", kw_only=True):
@@ -166,7 +166,7 @@ class TurnCancel(_Event, tag="turn.cancel", kw_only=True):
     all: bool = False
     by: str | None = None
     reason: str | None = None
-    trace: dict[str, str] = field(default_factory=dict[str, str])
+    trace: dict[str, str] = {}
 
 
 # ------------------------------------------------------------------------------------------------ output events
@@ -517,3 +517,10 @@ class Joiner:
 def is_unset(value: Any) -> bool:
     """Whether an optional JSON field was absent (as opposed to null)."""
     return isinstance(value, UnsetType)
+
+
+class CancelReply(Struct):
+    """The reply of a running worker to a live stop: the receipt, and the offset of the record that ended the turn."""
+
+    receipt: Literal["cancelled", "already_ended"]
+    offset: int

@@ -1,0 +1,39 @@
+"""The brokers, and `connect`, which picks one by its URL."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from agentrun.broker import Broker
+from agentrun.errors import InvalidInput
+
+__all__ = ["connect"]
+
+_NATS = ("nats", "tls", "ws", "wss")
+
+
+def connect(url: str, *, namespace: str = "default", lease_ttl: float = 30.0, **options: Any) -> Broker:
+    """Return the broker a URL names, to be entered with ``async with``; nothing is sent before.
+
+    Args:
+        url: ``nats://host:4222`` (also ``tls://``, ``ws://``, ``wss://``) or ``memory://name``.
+        namespace: Keeps deployments on one broker apart.
+        lease_ttl: The lease time, in seconds, of queues that are opened without one.
+        options: What the broker's class takes besides: see `agentrun.brokers.nats.NatsBroker` and
+            `agentrun.brokers.memory.MemoryBroker`.
+
+    Raises:
+        InvalidInput: The scheme is not known.
+    """
+    scheme = url.partition("://")[0] if "://" in url else ""
+    if scheme in _NATS:
+        from agentrun.brokers.nats import NatsBroker
+
+        return NatsBroker(url, namespace=namespace, lease_ttl=lease_ttl, **options)
+    if scheme == "memory":
+        from agentrun.brokers.memory import MemoryBroker
+
+        return MemoryBroker(url, namespace=namespace, lease_ttl=lease_ttl, **options)
+    raise InvalidInput(
+        f"a broker's URL starts with nats://, tls://, ws://, wss:// or memory://, not {scheme or url[:20]!r}"
+    )

@@ -1,0 +1,162 @@
+"""Following a session: what is stored, then what comes, without loss or duplicate at the seam.
+
+The live side is the stream's republish: stored records only, but droppable. So a live record is delivered only when it
+is exactly the next one; anything else is answered by reading the stream again from the last record delivered.
+"""
+
+from __future__ import annotations
+
+import random
+from collections import deque
+from collections.abc import Sequence
+from typing import Self
+
+import anyio
+from anyio.lowlevel import checkpoint
+from nats.aio.subscription import Subscription
+
+from agentrun.broker import Record
+from agentrun.brokers.nats_layout import Route, Stored, stored_of
+from agentrun.brokers.nats_link import Link, Msg, NotConnected, log
+from agentrun.brokers.nats_read import Reader
+from agentrun.errors import SessionGone, Unavailable
+
+PAGE = 500
+BUFFER = 2048
+BUFFER_BYTES = 8 << 20
+IDLE = 2.0
+"""Seconds of silence after which the end is looked up: a lost last message leaves no gap to see."""
+
+
+class Follower:
+    """An async iterator over lists of records, and its own context manager."""
+
+    def __init__(
+        self, reader: Reader, link: Link, route: Route, session: str, after: int, cursor: int, deltas: bool
+    ) -> None:
+        self._reader = reader
+        self._link = link
+        self._route = route
+        self._session = session
+        self._after = after
+        self._hint = cursor
+        self._deltas = deltas
+        self._next = 0
+        """The sequence from which on nothing was delivered; 0: not searched yet."""
+        self._behind = True
+        """Whether the stream must be read before live records can be trusted."""
+        self._existed = False
+        self._buffer: deque[Stored] = deque()
+        self._bytes = 0
+        self._wake = anyio.Event()
+        self._subscriptions: list[Subscription] = []
+
+    async def __aenter__(self) -> Self:
+        filters = [f"{self._route.live}.>"]
+        if not self._deltas:
+            filters = [f"{self._route.live}.in.>", f"{self._route.live}.out.turn"]
+        self._link.on_reconnect.add(self._reread)
+        for subject in filters:
+            self._subscriptions.append(await self._link.subscribe(subject, self._on_live))
+        return self
+
+    async def __aexit__(self, *exc: object) -> None:
+        self._link.on_reconnect.discard(self._reread)
+        for subscription in self._subscriptions:
+            await self._link.unsubscribe(subscription)
+
+    def __aiter__(self) -> Self:
+        return self
+
+    def _reread(self) -> None:
+        self._behind = True
+        self._buffer.clear()
+        self._bytes = 0
+        self._wake.set()
+
+    async def _on_live(self, msg: Msg) -> None:
+        if not self._deltas:
+            # Two subscriptions do not keep their common order: here a live record only says that there is something.
+            if not self._behind and int((msg.headers or {}).get("Nats-Sequence", "0")) >= self._next:
+                self._behind = True
+                self._wake.set()
+            return
+        if len(self._buffer) >= BUFFER or self._bytes > BUFFER_BYTES or msg.headers is None:
+            self._reread()
+            return
+        self._buffer.append(stored_of(msg.headers, msg.data))
+        self._bytes += len(msg.data)
+        self._wake.set()
+
+    async def __anext__(self) -> Sequence[Record]:
+        await checkpoint()
+        while True:
+            try:
+                records = await self._step()
+            except (Unavailable, NotConnected) as error:
+                if self._link.client.is_closed:
+                    raise
+                log.debug("following %s: %s", self._session, error)
+                self._behind = True
+                await anyio.sleep(0.25)
+                continue
+            if records:
+                self._after = records[-1].offset
+                self._existed = True
+                return records
+
+    async def _step(self) -> Sequence[Record]:
+        if self._behind:
+            return await self._catch_up()
+        if records := self._drain():
+            return records
+        if self._behind:
+            return ()
+        self._wake = anyio.Event()
+        with anyio.move_on_after(IDLE * random.uniform(0.8, 1.2)):  # noqa: S311
+            await self._wake.wait()
+            return ()
+        await self._look()
+        return ()
+
+    async def _catch_up(self) -> Sequence[Record]:
+        if self._next == 0:
+            self._next = await self._reader.start(self._route, self._after, self._hint)
+        # Set before reading: what is announced meanwhile is read once more rather than missed.
+        self._behind = False
+        try:
+            page = await self._reader.page(self._route, self._next, PAGE, deltas=self._deltas)
+        except BaseException:
+            self._behind = True
+            raise
+        self._next = page.next
+        self._behind = self._behind or not page.complete
+        records = [r for r in page.records if r.offset > self._after]
+        if not records and page.records and self._existed:
+            raise SessionGone(f"session {self._session} was deleted and began anew")
+        return records
+
+    def _drain(self) -> Sequence[Record]:
+        records: list[Record] = []
+        after = self._after
+        while self._buffer:
+            stored = self._buffer.popleft()
+            self._bytes -= len(stored.body)
+            if stored.seq < self._next:
+                continue
+            if stored.offset != after + 1:
+                self._behind = True
+                break
+            records.append(stored.record())
+            after = stored.offset
+            self._next = stored.seq + 1
+        return records
+
+    async def _look(self) -> None:
+        newest = await self._reader.newest(self._route)
+        if newest is None and self._existed:
+            newest = await self._reader.newest(self._route, leader=True)
+            if newest is None:
+                raise SessionGone(f"session {self._session} was deleted")
+        if newest is not None and newest.seq >= self._next:
+            self._behind = True

@@ -1,0 +1,169 @@
+"""Order: what is done with a delivered input that is not ready (design.md, D4).
+
+It is kept, heartbeating, without a slot, until its session's records say that it is ready (then it is offered to a
+local slot or handed back at once) or no longer pending (then it is taken off the queue).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Awaitable, Callable
+from typing import Literal, NamedTuple, Self
+
+import anyio
+
+from agentrun.broker import Record, Tail
+from agentrun.brokers.nats_beat import IN_PROGRESS
+from agentrun.brokers.nats_core import Core
+from agentrun.brokers.nats_layout import Route, Stored, session_of
+from agentrun.brokers.nats_link import Msg, NotConnected, log
+from agentrun.brokers.nats_read import Reader
+from agentrun.errors import InvalidInput, Unavailable
+
+LOOK = 2.0
+"""Seconds after which the session's end is looked up again, should a live record have been lost."""
+
+Offer = Callable[["Delivery", Tail], Awaitable[None]]
+
+
+class Delivery(NamedTuple):
+    """An input as the queue delivered it; ``reply`` is where it is settled."""
+
+    agent: str
+    session: str
+    record: Record
+    reply: str
+    lease_ttl: float
+
+    @classmethod
+    def of(cls, msg: Msg, agent: str, lease_ttl: float) -> Self:
+        """Read a delivered message.
+
+        Raises:
+            InvalidInput: It is not a record.
+        """
+        tokens = msg.reply.split(".")
+        # $JS.ACK.<stream>.<consumer>.<delivered>.<seq>.…, in newer servers with domain and account before the stream.
+        at = 5 if len(tokens) == 9 else 7
+        try:
+            seq, stamp = int(tokens[at]), int(tokens[at + 2]) / 1e9
+        except (IndexError, ValueError):
+            raise InvalidInput(f"an ack subject that is not understood: {msg.reply!r}") from None
+        record = Stored(msg.subject, seq, stamp, msg.headers or {}, msg.data).record()
+        return cls(agent, session_of(msg.subject), record, msg.reply, lease_ttl)
+
+
+class _Held:
+    """The early inputs of one session that are held here."""
+
+    def __init__(self) -> None:
+        self.inputs: dict[int, Delivery] = {}
+        self.beaten: dict[int, float] = {}
+        self.look = anyio.Event()
+
+    def add(self, delivery: Delivery) -> None:
+        self.inputs[delivery.record.offset] = delivery
+        self.beaten[delivery.record.offset] = time.monotonic()
+        self.look.set()
+
+    def remove(self, offset: int) -> None:
+        del self.inputs[offset], self.beaten[offset]
+
+
+class Holder:
+    """Decides on delivered inputs and holds the early ones."""
+
+    def __init__(self, core: Core, reader: Reader, offer: Offer) -> None:
+        self._core = core
+        self._reader = reader
+        self._offer = offer
+        self._held: dict[str, _Held] = {}
+
+    async def judge(self, delivery: Delivery) -> None:
+        """Offer it, hold it, or take it off the queue."""
+        held = self._held.get(delivery.session)
+        if held is not None and delivery.record.offset in held.inputs:
+            held.add(delivery)  # delivered once more: its newer reply subject counts
+            return
+        route = self._core.route(delivery.session)
+        tail = await self._tail(route, delivery.record.offset)
+        verdict = self._verdict(delivery.record.offset, tail)
+        if verdict == "early":
+            self._hold(delivery, route)
+        else:
+            await self._act(verdict, delivery, tail)
+
+    async def _tail(self, route: Route, seen: int) -> Tail:
+        tail = await self._reader.tail(route)
+        if tail.offset < seen:
+            # The server that answered lags behind, or the session was deleted since: the leader knows.
+            tail = await self._reader.tail(route, leader=True)
+        return tail
+
+    def _verdict(self, offset: int, tail: Tail) -> Literal["ready", "early", "settled"]:
+        if offset not in tail.pending:
+            return "settled"
+        return "ready" if tail.pending.ready(offset) else "early"
+
+    async def _act(self, verdict: str, delivery: Delivery, tail: Tail) -> None:
+        if verdict == "ready":
+            await self._offer(delivery, tail)
+        else:
+            await self._core.queue.publish(delivery.reply, b"+ACK")
+
+    def _hold(self, delivery: Delivery, route: Route) -> None:
+        held = self._held.get(delivery.session)
+        if held is None:
+            held = self._held[delivery.session] = _Held()
+            self._core.background.start_soon(self._watch, delivery.session, route, held)
+        held.add(delivery)
+
+    async def _watch(self, session: str, route: Route, held: _Held) -> None:
+        link = self._core.reads
+
+        async def on_live(_msg: Msg) -> None:
+            held.look.set()
+
+        subscription = await link.subscribe(f"{route.live}.out.turn", on_live)
+        try:
+            while held.inputs:
+                held.look = anyio.Event()
+                try:
+                    await self._review(route, held)
+                    await self._beat(held)
+                except (NotConnected, Unavailable) as error:
+                    log.debug("held turns of session %s: %s", session, error)
+                if held.inputs:
+                    shortest = min(d.lease_ttl for d in held.inputs.values())
+                    with anyio.move_on_after(min(LOOK, shortest / 4)):
+                        await held.look.wait()
+        finally:
+            if self._held.get(session) is held:
+                del self._held[session]
+            await link.unsubscribe(subscription)
+            for delivery in held.inputs.values():
+                await self._hand_back(delivery)
+
+    async def _hand_back(self, delivery: Delivery) -> None:
+        try:
+            await self._core.queue.publish(delivery.reply, b"-NAK")
+        except NotConnected:
+            log.debug("a held turn of session %s was not handed back, its lease will run out", delivery.session)
+
+    async def _review(self, route: Route, held: _Held) -> None:
+        tail = await self._tail(route, max(held.inputs))
+        for offset in sorted(held.inputs):
+            verdict = self._verdict(offset, tail)
+            if verdict != "early":
+                delivery = held.inputs[offset]
+                # Whoever gets it now has a full lease.
+                await self._core.queue.publish(delivery.reply, IN_PROGRESS)
+                await self._act(verdict, delivery, tail)
+                held.remove(offset)
+
+    async def _beat(self, held: _Held) -> None:
+        now = time.monotonic()
+        for offset, delivery in held.inputs.items():
+            if now - held.beaten[offset] >= delivery.lease_ttl / 3:
+                held.beaten[offset] = now
+                await self._core.queue.publish(delivery.reply, IN_PROGRESS)

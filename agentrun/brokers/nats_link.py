@@ -1,0 +1,345 @@
+"""One connection to NATS: the only place that calls nats-py.
+
+Two rules stand behind it. Nothing is buffered while the connection is down (``pending_size=-1``), so that nothing is
+sent late; and nothing that a caller may cancel is awaited inside nats-py: `publish`, `subscribe` and `unsubscribe` do
+not suspend with that setting, and replies come through futures of our own.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import importlib.util
+import itertools
+import logging
+import random
+import ssl
+from collections.abc import Awaitable, Callable
+from urllib.parse import urlsplit, urlunsplit
+
+import anyio
+import msgspec
+from anyio.lowlevel import checkpoint
+from msgspec import Struct
+from nats.aio.client import Client
+from nats.aio.msg import Msg
+from nats.aio.subscription import Subscription
+from nats.errors import ConnectionClosedError, ConnectionDrainingError, OutboundBufferLimitError
+from nats.errors import Error as NatsError
+
+from agentrun.errors import Misconfigured, Unavailable
+
+__all__ = ["ApiError", "Link", "LinkOptions", "Msg", "NotConnected", "status"]
+
+log = logging.getLogger("agentrun.nats")
+
+PATIENCE = 15.0
+"""Seconds a read or an API request is tried for: more than the election of a new leader takes."""
+
+
+class NotConnected(Exception):
+    """There is no connection at the moment; nothing was sent."""
+
+
+class LinkOptions(Struct, frozen=True, kw_only=True):
+    """How to connect."""
+
+    url: str
+    user_credentials: str | None = None
+    tls: ssl.SSLContext | None = None
+    connect_timeout: float = 5.0
+
+    @property
+    def servers(self) -> list[str]:
+        """The servers named in the URL, which may list several with commas."""
+        return [part.strip() for part in self.url.split(",") if part.strip()]
+
+    @property
+    def shown(self) -> str:
+        """The URL without what is secret in it."""
+        return ",".join(_redact(server) for server in self.servers)
+
+
+def _redact(url: str) -> str:
+    parts = urlsplit(url if "://" in url else f"nats://{url}")
+    return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2]))
+
+
+class ApiError(Struct, frozen=True):
+    """An error as JetStream answers it."""
+
+    code: int = 0
+    err_code: int = 0
+    description: str = ""
+
+
+class _ApiReply(Struct, frozen=True):
+    error: ApiError | None = None
+
+
+_api_reply = msgspec.json.Decoder(_ApiReply)
+
+
+def status(msg: Msg) -> str:
+    """The status of a message that carries no data (``404``, ``503``, ``100`` …), else an empty string."""
+    headers = msg.headers
+    return headers.get("Status", "") if headers and not msg.data else ""
+
+
+class Link:
+    """A connection with one reply inbox.
+
+    Args:
+        options: Where and how to connect.
+        name: How the server lists this connection.
+    """
+
+    def __init__(self, options: LinkOptions, name: str) -> None:
+        self.options = options
+        self.name = name
+        self.client: Client = Client()
+        self.on_reconnect: set[Callable[[], None]] = set()
+        self.on_closed: Callable[[str], None] = lambda _reason: None
+        self.last_error = ""
+        self._closing = False
+        self._opened = False
+        self._slots: dict[str, Callable[[Msg | None], None]] = {}
+        self._tokens = itertools.count()
+        self._inbox = ""
+
+    # ------------------------------------------------------------------------------------------------ life
+
+    async def open(self) -> None:
+        """Connect.
+
+        Raises:
+            Unavailable: It did not work within ``connect_timeout``.
+        """
+        if importlib.util.find_spec("fast_mail_parser"):
+            raise Misconfigured("fast-mail-parser changes how nats-py reads headers: uninstall it")
+        done = False
+        try:
+            with anyio.move_on_after(self.options.connect_timeout):
+                await self._connect()
+                done = True
+        except (NatsError, OSError, ValueError) as error:
+            self.last_error = str(error) or type(error).__name__
+        finally:
+            if not done:
+                await self.close()
+        if not done:
+            raise Unavailable(
+                f"cannot reach {self.options.shown}: {self.last_error or 'no answer'}; "
+                "is the server running? `agentrun dev` starts one"
+            )
+        self._opened = True
+        self._inbox = self.client.new_inbox()
+        await self.subscribe(f"{self._inbox}.*", self._on_reply)
+
+    async def _connect(self) -> None:
+        await self.client.connect(
+            servers=self.options.servers,
+            name=f"agentrun {self.name}",
+            tls=self.options.tls,
+            user_credentials=self.options.user_credentials,
+            connect_timeout=2,
+            # Spread, so that a fleet does not come back in step.
+            reconnect_time_wait=random.uniform(0.15, 0.4),  # type: ignore[arg-type]  # noqa: S311
+            max_reconnect_attempts=-1,
+            ping_interval=2,
+            max_outstanding_pings=2,
+            pending_size=-1,
+            skip_subject_validation=True,
+            error_cb=self._on_error,
+            disconnected_cb=self._on_disconnected,
+            reconnected_cb=self._on_reconnected,
+            closed_cb=self._on_closed,
+        )
+
+    async def close(self) -> None:
+        """Close the connection; what was published is sent first."""
+        self._closing = True
+        with anyio.move_on_after(2, shield=True):
+            await self.client.close()
+        self._forget()
+
+    @property
+    def connected(self) -> bool:
+        """Whether there is a connection now."""
+        return self.client.is_connected
+
+    async def _on_error(self, error: Exception) -> None:
+        self.last_error = str(error) or type(error).__name__
+        if self._opened and not self._closing:
+            # A server that is away is told once, by _on_disconnected.
+            level = logging.DEBUG if isinstance(error, OSError) else logging.WARNING
+            log.log(level, "connection %s: %s", self.name, self.last_error)
+
+    async def _on_disconnected(self) -> None:
+        if self._opened and not self._closing:
+            log.warning("connection %s to %s lost, reconnecting", self.name, self.options.shown)
+        self._forget()
+
+    async def _on_reconnected(self) -> None:
+        log.info("connection %s to %s is back", self.name, self.options.shown)
+        for call in tuple(self.on_reconnect):
+            call()
+
+    async def _on_closed(self) -> None:
+        if self._opened and not self._closing:
+            reason = f"{self.options.shown} closed connection {self.name} for good: {self.last_error or 'no reason'}"
+            log.error("%s", reason)
+            self.on_closed(reason)
+
+    def _forget(self) -> None:
+        # Whoever waits for a reply learns at once that it will not come this way.
+        for call in tuple(self._slots.values()):
+            call(None)
+
+    # ----------------------------------------------------------------------------------------- primitives
+
+    async def publish(
+        self, subject: str, body: bytes = b"", *, reply: str = "", headers: dict[str, str] | None = None
+    ) -> None:
+        """Send a message; does not suspend.
+
+        Raises:
+            NotConnected: There is no connection now.
+        """
+        try:
+            await self.client.publish(subject, body, reply, headers)
+        except (OutboundBufferLimitError, ConnectionClosedError, ConnectionDrainingError):
+            raise NotConnected(self.name) from None
+
+    async def subscribe(self, subject: str, callback: Callable[[Msg], Awaitable[None]]) -> Subscription:
+        """Have ``callback`` called for messages on the subject, one after the other; it must not take long."""
+        try:
+            return await self.client.subscribe(subject, cb=callback)
+        except ConnectionClosedError:
+            raise Unavailable(self.gone) from None
+
+    async def unsubscribe(self, subscription: Subscription) -> None:
+        """End a subscription; does not suspend."""
+        try:
+            await subscription.unsubscribe()
+        except (ConnectionClosedError, ConnectionDrainingError):
+            return
+
+    @property
+    def gone(self) -> str:
+        """What to say when there is no connection."""
+        because = f" ({self.last_error})" if self.last_error else ""
+        return f"no connection to {self.options.shown}{because}"
+
+    # ------------------------------------------------------------------------------------- requests, replies
+
+    async def _on_reply(self, msg: Msg) -> None:
+        slot = self._slots.get(msg.subject[len(self._inbox) + 1 :])
+        if slot is not None:
+            slot(msg)
+
+    async def exchange(
+        self, subject: str, body: bytes, *, timeout: float, headers: dict[str, str] | None = None
+    ) -> Msg | None:
+        """Send a request and return its reply, or None when none came in time or the connection was lost.
+
+        Raises:
+            NotConnected: Nothing was sent.
+        """
+        loop = asyncio.get_running_loop()
+        future: asyncio.Future[Msg | None] = loop.create_future()
+
+        def settle(msg: Msg | None) -> None:
+            if not future.done():
+                future.set_result(msg)
+
+        token = f"{next(self._tokens):x}"
+        self._slots[token] = settle
+        timer = loop.call_later(timeout, settle, None)
+        try:
+            await self.publish(subject, body, reply=f"{self._inbox}.{token}", headers=headers)
+            return await future
+        finally:
+            timer.cancel()
+            del self._slots[token]
+
+    async def collect(
+        self, subject: str, body: bytes, *, timeout: float, headers: dict[str, str] | None = None
+    ) -> tuple[list[Msg], Msg | None]:
+        """Send a request and return all replies up to one with a status, and that one; None: it did not come.
+
+        Raises:
+            NotConnected: Nothing was sent.
+        """
+        loop = asyncio.get_running_loop()
+        future: asyncio.Future[Msg | None] = loop.create_future()
+        replies: list[Msg] = []
+
+        def add(msg: Msg | None) -> None:
+            if msg is not None and not status(msg):
+                replies.append(msg)
+            elif not future.done():
+                future.set_result(msg)
+
+        token = f"{next(self._tokens):x}"
+        self._slots[token] = add
+        timer = loop.call_later(timeout, add, None)
+        try:
+            await self.publish(subject, body, reply=f"{self._inbox}.{token}", headers=headers)
+            return replies, await future
+        finally:
+            timer.cancel()
+            del self._slots[token]
+
+    async def ask(self, subject: str, body: bytes, *, patience: float = PATIENCE) -> Msg:
+        """Send a request that may be repeated and return its reply, trying for ``patience`` seconds.
+
+        Raises:
+            Unavailable: Nobody answered.
+        """
+        pause = 0.02
+        why = ""
+        with anyio.move_on_after(patience):
+            while True:
+                try:
+                    msg = await self.exchange(subject, body, timeout=min(2.0, patience))
+                except NotConnected:
+                    if self.client.is_closed:
+                        break
+                    msg, why = None, self.gone
+                else:
+                    why = "no answer" if msg is None else "nobody answers there (is JetStream on, the stream there?)"
+                if msg is not None and status(msg) != "503":
+                    return msg
+                await anyio.sleep(pause * random.uniform(0.5, 1.0))  # noqa: S311
+                pause = min(pause * 2, 0.25)
+        raise Unavailable(f"{subject} at {self.options.shown}: {why or self.gone}")
+
+    async def api(self, call: str, request: object = None, *, patience: float = PATIENCE) -> bytes | ApiError:
+        """Make a JetStream API request; returns the reply, or the error in it."""
+        body = b"" if request is None else msgspec.json.encode(request)
+        msg = await self.ask(f"$JS.API.{call}", body, patience=patience)
+        return _api_reply.decode(msg.data).error or msg.data
+
+    async def sync(self, *, timeout: float = 5.0) -> None:
+        """Wait until the server has seen everything sent before on this connection.
+
+        Raises:
+            Unavailable: It did not within ``timeout``.
+        """
+        echo = f"{self._inbox}.sync{next(self._tokens):x}"
+        seen = anyio.Event()
+        token = echo[len(self._inbox) + 1 :]
+        self._slots[token] = lambda _msg: seen.set()
+        try:
+            with anyio.move_on_after(timeout):
+                try:
+                    await self.publish(echo)
+                except NotConnected:
+                    raise Unavailable(self.gone) from None
+                await seen.wait()
+                if self.connected:
+                    return
+        finally:
+            del self._slots[token]
+        await checkpoint()
+        raise Unavailable(self.gone)

@@ -1,0 +1,216 @@
+"""The session log on JetStream: compare-and-append, and finding out what became of an append whose answer was lost."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import random
+import time
+from collections.abc import AsyncIterator, Sequence
+from contextlib import AbstractAsyncContextManager
+from typing import NamedTuple
+
+import anyio
+import msgspec
+from msgspec import Struct
+
+from agentrun.broker import Kind, Pending, Record, Tail
+from agentrun.brokers.nats_core import Core
+from agentrun.brokers.nats_follow import Follower
+from agentrun.brokers.nats_layout import EXPECTED, EXPECTED_SUBJECT, HEADROOM, OFFSET, PENDING, WRITER, Route
+from agentrun.brokers.nats_link import ApiError, Msg, NotConnected, status
+from agentrun.brokers.nats_read import Reader
+from agentrun.errors import Conflict, Duplicate, InvalidInput, Misconfigured, SessionGone, TooLarge, Unavailable
+from agentrun.wire import check_id
+
+_FIRST_TRY = 0.5
+_LONGEST_TRY = 2.0
+_FIRST_PAUSE = 0.02
+_LONGEST_PAUSE = 0.25
+
+WRONG_LAST = 10071
+IN_FLIGHT = 10164
+TOO_LARGE = 10054
+
+
+class _Ack(Struct, frozen=True):
+    seq: int = 0
+    duplicate: bool = False
+    error: ApiError | None = None
+
+
+_decode_ack = msgspec.json.Decoder(_Ack).decode
+
+
+class _Append(NamedTuple):
+    """One append, as it is sent; every try sends the same bytes, so that at most one of them can be stored."""
+
+    session: str
+    route: Route
+    subject: str
+    headers: dict[str, str]
+    body: bytes
+    after: Tail
+    end: Tail
+    dedupe: str | None
+
+
+class NatsLog:
+    """`agentrun.broker.SessionLog` on JetStream."""
+
+    def __init__(self, core: Core, reader: Reader) -> None:
+        self._core = core
+        self._reader = reader
+        self._writer = os.urandom(4).hex()
+        self._calls = itertools.count(1)
+
+    async def last(self, session: str) -> Tail:
+        """See `SessionLog.last`."""
+        return await self._reader.tail(self._core.route(session))
+
+    async def append(
+        self,
+        session: str,
+        body: bytes,
+        *,
+        kind: Kind,
+        after: Tail,
+        pending: Pending,
+        agent: str | None = None,
+        dedupe: str | None = None,
+        timeout: float = 30.0,
+    ) -> Tail:
+        """See `SessionLog.append`."""
+        call = self._prepare(session, body, kind, after, pending, agent, dedupe)
+        deadline = time.monotonic() + timeout
+        wait, pause = _FIRST_TRY, _FIRST_PAUSE
+        doubt = False
+        """Whether an earlier try may have been stored, or may yet be."""
+        while True:
+            left = deadline - time.monotonic()
+            if left <= 0:
+                raise Unavailable(f"no outcome of an append to session {session} in {timeout} s: {self._why()}")
+            try:
+                reply = await self._core.appends.exchange(
+                    call.subject, call.body, timeout=min(wait, left), headers=call.headers
+                )
+            except NotConnected:
+                if self._core.appends.client.is_closed:
+                    raise Unavailable(self._core.appends.gone) from None
+            else:
+                end = await self._outcome(call, reply, doubt)
+                if end is not None:
+                    return end
+                doubt = doubt or reply is None
+                wait = min(wait * 2, _LONGEST_TRY)
+            await anyio.sleep(min(pause * random.uniform(0.5, 1.0), max(deadline - time.monotonic(), 0)))  # noqa: S311
+            pause = min(pause * 2, _LONGEST_PAUSE)
+
+    def _why(self) -> str:
+        return "no answer" if self._core.appends.connected else self._core.appends.gone
+
+    def _prepare(
+        self,
+        session: str,
+        body: bytes,
+        kind: Kind,
+        after: Tail,
+        pending: Pending,
+        agent: str | None,
+        dedupe: str | None,
+    ) -> _Append:
+        layout = self._core.found
+        route = self._core.route(session)
+        headers = {
+            EXPECTED: str(after.cursor),
+            EXPECTED_SUBJECT: route.all,
+            OFFSET: str(after.next),
+            WRITER: f"{self._writer}-{next(self._calls):x}",
+        }
+        if pending:
+            headers[PENDING] = str(pending)
+        if kind is Kind.DELTA:
+            headers["Nats-TTL"] = layout.ttl_header
+        if dedupe is not None:
+            if not (0 < len(dedupe) <= 256 and dedupe.isascii() and dedupe.isprintable()):
+                raise InvalidInput(f"a dedupe key is 1 to 256 printable ASCII characters, not {dedupe[:80]!r}")
+            headers["Nats-Msg-Id"] = f"{session}:{dedupe}"
+        subject = f"{route.base}.{kind.value}"
+        if kind is Kind.TURN:
+            if agent is None:
+                raise InvalidInput("a record of kind TURN needs the agent it is queued for")
+            subject = f"{subject}.{check_id('agent', agent)}"
+        if len(body) > layout.max_body:
+            raise TooLarge(len(body), layout.max_body)
+        if pending and len(headers[PENDING]) > HEADROOM - 1500:
+            raise TooLarge(len(headers[PENDING]), HEADROOM - 1500, "list of pending inputs")
+        end = Tail(after.next, pending, 0, 0.0, 0, kind)
+        return _Append(session, route, subject, headers, body, after, end, dedupe)
+
+    def _stored(self, call: _Append, seq: int) -> Tail:
+        # The time is our reading of the server's clock; the record's own is in it for whoever reads it.
+        end = call.end
+        return Tail(end.offset, end.pending, seq, self._core.now(), 0, end.kind)
+
+    async def _outcome(self, call: _Append, reply: Msg | None, doubt: bool) -> Tail | None:
+        """The new end, or None: send it again (or for the first time)."""
+        if reply is None or status(reply):
+            return None
+        ack = _decode_ack(reply.data)
+        error = ack.error
+        if error is None:
+            return await self._duplicate(call, ack.seq) if ack.duplicate else self._stored(call, ack.seq)
+        if error.err_code == WRONG_LAST:
+            return await self._moved_on(call, doubt)
+        if error.err_code == TOO_LARGE:
+            raise TooLarge(len(call.body), self._core.found.max_body)
+        if error.err_code == IN_FLIGHT or error.code >= 500:
+            return None
+        raise Misconfigured(f"stream {call.route.stream} refuses a record: {error.description} ({error.err_code})")
+
+    async def _duplicate(self, call: _Append, seq: int) -> Tail:
+        assert call.dedupe is not None
+        first = await self._reader.get(call.route, {"seq": seq}, leader=True)
+        if first is None:
+            raise SessionGone(f"{call.dedupe!r} was stored in session {call.session}, and deleted since")
+        if first.headers.get(WRITER) == call.headers[WRITER]:
+            return self._stored(call, seq)
+        raise Duplicate(call.dedupe, first.offset)
+
+    async def _moved_on(self, call: _Append, doubt: bool) -> Tail | None:
+        if doubt:
+            query = {"seq": call.after.cursor + 1, "next_by_subj": call.route.all}
+            first = await self._reader.get(call.route, query, leader=True)
+            if first is not None and first.headers.get(WRITER) == call.headers[WRITER]:
+                return self._stored(call, first.seq)
+        tail = await self._reader.tail(call.route, leader=True)
+        if tail.cursor == call.after.cursor and tail.offset == call.after.offset:
+            return None
+        raise Conflict(f"session {call.session} is at offset {tail.offset}, not {call.after.offset}", tail)
+
+    async def read(self, session: str, *, after: int = 0, deltas: bool = True, limit: int = 1000) -> Sequence[Record]:
+        """See `SessionLog.read`."""
+        route = self._core.route(session)
+        start = await self._reader.seek(route, after)
+        out: list[Record] = []
+        while len(out) < limit:
+            page = await self._reader.page(route, start, limit - len(out), deltas=deltas)
+            out += [r for r in page.records if r.offset > after]
+            if page.complete:
+                break
+            start = page.next
+        return out
+
+    def follow(
+        self, session: str, *, after: int = 0, deltas: bool = True, cursor: int = 0
+    ) -> AbstractAsyncContextManager[AsyncIterator[Sequence[Record]]]:
+        """See `SessionLog.follow`."""
+        route = self._core.route(session)
+        return Follower(self._reader, self._core.reads, route, session, after, cursor, deltas)
+
+    async def delete(self, session: str) -> None:
+        """See `SessionLog.delete`."""
+        route = self._core.route(session)
+        reply = await self._core.reads.api(f"STREAM.PURGE.{route.stream}", {"filter": route.all})
+        if isinstance(reply, ApiError):
+            raise Unavailable(f"session {session} was not deleted: {reply.description}")

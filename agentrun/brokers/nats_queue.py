@@ -1,0 +1,336 @@
+"""The turn queue: one durable pull consumer per agent and partition, and pull requests only while somebody waits."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import deque
+from typing import Any
+
+import anyio
+import msgspec
+from msgspec import Struct
+
+from agentrun.broker import Record, Tail
+from agentrun.brokers.nats_beat import Heartbeats
+from agentrun.brokers.nats_core import Core
+from agentrun.brokers.nats_hold import Delivery, Holder
+from agentrun.brokers.nats_layout import consumer_filter, consumer_name, stream_name
+from agentrun.brokers.nats_link import ApiError, Msg, NotConnected, log, status
+from agentrun.brokers.nats_read import Reader
+from agentrun.errors import InvalidInput, Misconfigured, Unavailable
+from agentrun.wire import check_id
+
+MAX_ACK_PENDING = 20_000
+MAX_WAITING = 10_000
+LONGEST_PULL = 30.0
+SIGN_OF_LIFE = 5.0
+"""Seconds between the server's heartbeats on a waiting pull request."""
+SETTLE = 5.0
+"""Seconds an ack or nack is tried for."""
+
+_NO_CONSUMER = 10014
+_NS = 1_000_000_000
+
+
+class _Config(Struct, frozen=True):
+    ack_wait: int = 0
+    ack_policy: str = ""
+    filter_subject: str = ""
+    max_deliver: int = -1
+
+
+class _Consumer(Struct, frozen=True):
+    config: _Config
+
+
+class NatsLease:
+    """`agentrun.broker.Lease`: a delivered message."""
+
+    def __init__(self, queue: NatsQueue, delivery: Delivery, tail: Tail) -> None:
+        self._queue = queue
+        self._delivery = delivery
+        self._tail = tail
+
+    @property
+    def session(self) -> str:
+        """See `Lease.session`."""
+        return self._delivery.session
+
+    @property
+    def record(self) -> Record:
+        """See `Lease.record`."""
+        return self._delivery.record
+
+    @property
+    def tail(self) -> Tail:
+        """See `Lease.tail`."""
+        return self._tail
+
+    def extend(self) -> None:
+        """See `Lease.extend`."""
+        self._queue.beats.beat(self._delivery.reply)
+
+    async def ack(self) -> None:
+        """See `Lease.ack`."""
+        await self._queue.acknowledge(self._delivery.reply)
+
+    async def nack(self, *, delay: float = 0.0) -> None:
+        """See `Lease.nack`."""
+        body = b"-NAK" if delay <= 0 else b'-NAK {"delay": %d}' % int(delay * _NS)
+        await self._queue.hand_back(self._delivery.reply, body)
+
+
+class _Waiter:
+    def __init__(self, until: float) -> None:
+        self.until = until
+        self.future: asyncio.Future[NatsLease] = asyncio.get_running_loop().create_future()
+
+
+class _Agent:
+    """One agent's consumers, and who waits for its inputs here."""
+
+    def __init__(self, name: str, lease_ttl: float) -> None:
+        self.name = name
+        self.lease_ttl = lease_ttl
+        self.waiters: deque[_Waiter] = deque()
+        self.judging = 0
+        """Messages that came and are not yet known to be ready: each may serve a waiter."""
+        self.changed = anyio.Event()
+
+    @property
+    def demand(self) -> int:
+        return len(self.waiters) - self.judging
+
+    def bell(self) -> None:
+        self.changed.set()
+        self.changed = anyio.Event()
+
+
+class _Puller:
+    """Keeps at most one pull request waiting at one partition's consumer, while there is demand."""
+
+    def __init__(self, queue: NatsQueue, core: Core, agent: _Agent, partition: int) -> None:
+        self._queue = queue
+        self._link = core.queue
+        self._agent = agent
+        self._partition = partition
+        self._stream = stream_name(core.namespace, partition)
+        self._inbox = f"{core.queue.client.new_inbox()}.pull"
+        self._serial = 0
+        self._open = False
+        """Whether the current request waits at the server."""
+        self._trouble = ""
+        self._sign = anyio.Event()
+
+    async def run(self) -> None:
+        """Pull for ever."""
+        await self._link.subscribe(f"{self._inbox}.*", self._on_message)
+        self._link.on_reconnect.add(self._restart)
+        try:
+            while True:
+                while self._agent.demand <= 0:
+                    await self._agent.changed.wait()
+                try:
+                    await self._pull()
+                except (NotConnected, Unavailable):
+                    await anyio.sleep(0.1)
+        finally:
+            self._link.on_reconnect.discard(self._restart)
+
+    def _restart(self) -> None:
+        self._open = False
+        self._sign.set()
+
+    async def _pull(self) -> None:
+        if self._trouble:
+            trouble, self._trouble = self._trouble, ""
+            log.warning("queue of agent %s, partition %d: %s", self._agent.name, self._partition, trouble)
+            await anyio.sleep(0.25)
+            await self._queue.ensure(self._agent.name, self._partition, self._agent.lease_ttl)
+        waits = max(w.until for w in self._agent.waiters) - time.monotonic() if self._agent.waiters else 0.0
+        expires = min(max(waits, 0.05), LONGEST_PULL)
+        request: dict[str, Any] = {"batch": 1, "expires": int(expires * _NS)}
+        patience = expires + 1.0
+        if expires > 2 * SIGN_OF_LIFE:
+            request["idle_heartbeat"] = int(SIGN_OF_LIFE * _NS)
+            patience = 2 * SIGN_OF_LIFE + 1.0
+        self._serial += 1
+        self._open = True
+        subject = f"$JS.API.CONSUMER.MSG.NEXT.{self._stream}.{consumer_name(self._agent.name)}"
+        try:
+            await self._link.publish(subject, msgspec.json.encode(request), reply=f"{self._inbox}.{self._serial}")
+            while self._open:
+                self._sign = anyio.Event()
+                with anyio.move_on_after(patience):
+                    await self._sign.wait()
+                    continue
+                return  # no sign of life: the request is lost, ask again
+        finally:
+            self._open = False
+
+    async def _on_message(self, msg: Msg) -> None:
+        current = msg.subject.endswith(f".{self._serial}") if msg.subject.startswith(self._inbox) else True
+        state = status(msg)
+        if not state:
+            # Any request's message is good; which one it answers cannot be told, but only one waits as a rule.
+            self._open = False
+            self._sign.set()
+            self._queue.judge(self._agent, msg)
+            return
+        if not current:
+            return
+        if state != "100":
+            self._open = False
+            if state == "503" or (state == "409" and "Deleted" in (msg.headers or {}).get("Description", "")):
+                self._trouble = f"the consumer or its stream is not there ({state})"
+        self._sign.set()
+
+
+class NatsQueue:
+    """`agentrun.broker.TurnQueue` on JetStream."""
+
+    def __init__(self, core: Core, reader: Reader, beats: Heartbeats) -> None:
+        self._core = core
+        self._reader = reader
+        self._agents: dict[str, _Agent] = {}
+        self._opening = anyio.Lock()
+        self._holder = Holder(core, reader, self._offer)
+        self.beats = beats
+
+    # ---------------------------------------------------------------------------------------------- opening
+
+    async def open(self, agent: str, *, lease_ttl: float | None = None) -> float:
+        """See `TurnQueue.open`."""
+        check_id("agent", agent)
+        async with self._opening:
+            known = self._agents.get(agent)
+            wanted = lease_ttl if lease_ttl is not None else (known.lease_ttl if known else None)
+            found = wanted
+            for partition in range(self._core.found.partitions):
+                found = await self.ensure(agent, partition, found, given=wanted is not None)
+            assert found is not None
+            if known is None:
+                known = self._agents[agent] = _Agent(agent, found)
+                self.beats.start()
+                for partition in range(self._core.found.partitions):
+                    self._core.background.start_soon(_Puller(self, self._core, known, partition).run)
+            return known.lease_ttl
+
+    async def ensure(self, agent: str, partition: int, lease_ttl: float | None, *, given: bool = True) -> float:
+        """Create the consumer if it is missing and return its lease time."""
+        stream, name = stream_name(self._core.namespace, partition), consumer_name(agent)
+        filter = consumer_filter(self._core.namespace, partition, agent)
+        reply = await self._core.queue.api(f"CONSUMER.INFO.{stream}.{name}")
+        if isinstance(reply, ApiError) and reply.err_code == _NO_CONSUMER:
+            config = {
+                "name": name,
+                "durable_name": name,
+                "description": f"turns of agent {agent}",
+                "filter_subject": filter,
+                "ack_policy": "explicit",
+                "ack_wait": int((lease_ttl or self._core.lease_ttl) * _NS),
+                "max_deliver": -1,
+                "max_ack_pending": MAX_ACK_PENDING,
+                "max_waiting": MAX_WAITING,
+                "deliver_policy": "all",
+                "replay_policy": "instant",
+            }
+            request = {"stream_name": stream, "action": "create", "config": config}
+            reply = await self._core.queue.api(f"CONSUMER.CREATE.{stream}.{name}.{filter}", request)
+            if isinstance(reply, ApiError):  # somebody else made it at the same time, with another lease time
+                reply = await self._core.queue.api(f"CONSUMER.INFO.{stream}.{name}")
+        if isinstance(reply, ApiError):
+            raise Misconfigured(f"the queue of agent {agent} in {stream} cannot be used: {reply.description}")
+        found = msgspec.json.decode(reply, type=_Consumer).config
+        if found.filter_subject != filter or found.ack_policy != "explicit" or found.max_deliver != -1:
+            raise Misconfigured(f"consumer {name} of stream {stream} was not made by agentrun: {found}")
+        ttl = found.ack_wait / _NS
+        if given and lease_ttl is not None and abs(ttl - lease_ttl) > 1e-6:
+            raise Misconfigured(
+                f"the queue of agent {agent} has a lease time of {ttl:g} s, not {lease_ttl:g} s: ask for the same, "
+                f"or change it for all with `nats consumer edit {stream} {name} --wait {lease_ttl:g}s`"
+            )
+        return ttl
+
+    # ---------------------------------------------------------------------------------------------- leasing
+
+    async def lease(self, agent: str, *, wait: float) -> NatsLease | None:
+        """See `TurnQueue.lease`."""
+        state = self._agents.get(agent)
+        if state is None:
+            raise Misconfigured(f"the queue of agent {agent} is not open: call turns.open({agent!r}) first")
+        waiter = _Waiter(time.monotonic() + wait)
+        state.waiters.append(waiter)
+        state.bell()
+        given = False
+        try:
+            with anyio.move_on_after(wait):
+                await asyncio.wait([waiter.future])
+            given = waiter.future.done()
+            return waiter.future.result() if given else None
+        finally:
+            if waiter in state.waiters:
+                state.waiters.remove(waiter)
+            if not given and waiter.future.done():  # cancelled in the moment it was given something
+                self._core.background.start_soon(self._give_back, waiter.future.result())
+
+    async def _give_back(self, lease: NatsLease) -> None:
+        try:
+            await lease.nack()
+        except Unavailable as error:
+            log.debug("not handed back, it will run out: %s", error)
+
+    def judge(self, agent: _Agent, msg: Msg) -> None:
+        """Find out whether a delivered input is ready, and give it to who waits, hold it, or drop it."""
+        agent.judging += 1
+        self._core.background.start_soon(self._judge, agent, msg)
+
+    async def _judge(self, agent: _Agent, msg: Msg) -> None:
+        try:
+            try:
+                delivery = Delivery.of(msg, agent.name, agent.lease_ttl)
+            except InvalidInput as error:
+                log.error("not a turn, taken off the queue: %s", error)
+                await self._core.queue.publish(msg.reply, b"+TERM")
+                return
+            await self._holder.judge(delivery)
+        except (NotConnected, Unavailable) as error:
+            log.debug("a delivered turn is left to be delivered again: %s", error)
+        finally:
+            agent.judging -= 1
+            agent.bell()
+
+    async def _offer(self, delivery: Delivery, tail: Tail) -> None:
+        agent = self._agents[delivery.agent]
+        lease = NatsLease(self, delivery, tail)
+        while agent.waiters:
+            waiter = agent.waiters.popleft()
+            if not waiter.future.done():
+                waiter.future.set_result(lease)
+                return
+        await self._core.queue.publish(delivery.reply, b"-NAK")
+
+    async def acknowledge(self, subject: str) -> None:
+        """Take an input off the queue and wait until the server has done it.
+
+        Raises:
+            Unavailable: It did not say so in time.
+        """
+        await self._core.queue.ask(subject, b"+ACK", patience=SETTLE)
+
+    async def hand_back(self, subject: str, body: bytes) -> None:
+        """Give an input back.
+
+        Raises:
+            Unavailable: There was no connection.
+        """
+        with anyio.move_on_after(SETTLE):
+            while True:
+                try:
+                    # Once only: sent again late, it could take the input from whoever has it by then.
+                    await self._core.queue.exchange(subject, body, timeout=SETTLE)
+                    return
+                except NotConnected:
+                    await anyio.sleep(0.1)
+        raise Unavailable(self._core.queue.gone)

@@ -1,0 +1,56 @@
+"""Why and how a running turn stops."""
+
+from __future__ import annotations
+
+import enum
+
+import anyio
+from msgspec import Struct
+
+
+class Cause(enum.IntEnum):
+    """Why a turn's agent is stopped; a higher cause overrides a lower one until the turn has ended."""
+
+    SUSPEND = 1
+    """It waits for an answer; slot and lease are given back."""
+    DRAIN = 2
+    """The worker shuts down and hands the turn over."""
+    DEADLINE = 3
+    """Its time is over."""
+    INTERRUPT = 4
+    """A later turn with ``on_busy="interrupt"``."""
+    ROLLBACK = 5
+    """A later turn with ``on_busy="rollback"``."""
+    CANCEL = 6
+    """Somebody said stop."""
+    FENCED = 7
+    """Another owner took the session over; nothing more can be said."""
+
+
+class Stop(Struct, frozen=True):
+    """One request to stop. ``until`` is the time, in seconds since the epoch, a suspended turn waits at most."""
+
+    cause: Cause
+    by: str | None = None
+    reason: str | None = None
+    until: float | None = None
+
+
+class StopSwitch:
+    """Stops one agent, at once and for good.
+
+    The scope's cancellation is level-triggered: an agent, or a library under it, that swallows it meets it again at
+    its next await. The flag (``stop``) is what is looked at between tokens.
+    """
+
+    def __init__(self) -> None:
+        self.scope = anyio.CancelScope()
+        self.stop: Stop | None = None
+        self.changed = anyio.Event()
+
+    def pull(self, stop: Stop) -> None:
+        """Stop the agent; of several causes the highest counts, of equal ones the first."""
+        if self.stop is None or stop.cause > self.stop.cause:
+            self.stop = stop
+        self.scope.cancel()
+        self.changed.set()

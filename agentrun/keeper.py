@@ -1,0 +1,106 @@
+"""Keeps leases alive from a thread of its own, whatever the agents do to the event loop."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import sys
+import threading
+import time
+import traceback
+from types import TracebackType
+from typing import Self
+
+from agentrun.broker import Lease
+
+log = logging.getLogger("agentrun.worker")
+
+
+class Keeper:
+    """Extends the leases it holds every third of their time, and watches the event loop.
+
+    A loop blocked for ``report`` seconds is reported once, with what it is doing; after ``limit`` seconds the leases
+    are no longer extended, so that other workers take the turns over.
+
+    Args:
+        every: Seconds between two extensions.
+        report: Seconds.
+        limit: Seconds.
+    """
+
+    def __init__(self, every: float, *, report: float, limit: float) -> None:
+        self._every = every
+        self._report = report
+        self._limit = limit
+        self._leases: set[Lease] = set()
+        self._lock = threading.Lock()
+        self._stop = threading.Event()
+        self._alive = time.monotonic()
+        self.blocked = 0
+        """How often the loop was found blocked."""
+
+    def __enter__(self) -> Self:
+        self._loop = asyncio.get_running_loop()
+        self._loop_thread = threading.get_ident()
+        self._alive = time.monotonic()
+        self._thread = threading.Thread(target=self._run, name="agentrun-keeper", daemon=True)
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, exc_type: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None
+    ) -> None:
+        self._stop.set()
+        self._thread.join()
+
+    def hold(self, lease: Lease) -> None:
+        """Extend the lease from now on."""
+        with self._lock:
+            self._leases.add(lease)
+
+    def drop(self, lease: Lease) -> None:
+        """Stop extending the lease."""
+        with self._lock:
+            self._leases.discard(lease)
+
+    def _run(self) -> None:
+        step = min(self._every, self._report) / 2
+        next_extension = time.monotonic() + self._every
+        reported = False
+        while not self._stop.wait(step):
+            now = time.monotonic()
+            blocked = now - self._alive
+            if blocked < self._report:
+                reported = False
+            elif not reported:
+                reported = True
+                self._say_blocked(blocked)
+            if now >= next_extension:
+                next_extension = now + self._every
+                if blocked < self._limit:
+                    self._extend()
+            try:
+                self._loop.call_soon_threadsafe(self._mark)
+            except RuntimeError:
+                return
+
+    def _mark(self) -> None:
+        self._alive = time.monotonic()
+
+    def _extend(self) -> None:
+        with self._lock:
+            leases = list(self._leases)
+        for lease in leases:
+            lease.extend()
+
+    def _say_blocked(self, seconds: float) -> None:
+        self.blocked += 1
+        frame = sys._current_frames().get(self._loop_thread)  # pyright: ignore[reportPrivateUsage]
+        where = "".join(traceback.format_stack(frame, limit=8)) if frame is not None else "unknown\n"
+        log.warning(
+            "the event loop has been blocked for %.1f s: an agent computes or waits without await (move it to "
+            "anyio.to_thread.run_sync). Leases are kept for %.0f s in all. It is at:\n%s",
+            seconds,
+            self._limit,
+            where,
+        )

@@ -1,0 +1,355 @@
+"""A worker: slot → lease → listen for stops → claim → run → last append → settle; and the drain."""
+
+from __future__ import annotations
+
+import logging
+import os
+import platform
+import signal
+import time
+import uuid
+from collections.abc import Sequence
+
+import anyio
+import msgspec
+from anyio.abc import TaskGroup, TaskStatus
+from msgspec import Struct
+
+from agentrun import wire
+from agentrun.agent import Agent
+from agentrun.broker import Broker, Kind, Lease, Record, Tail
+from agentrun.cancel import Cause, Stop
+from agentrun.errors import BrokerError, Conflict, InvalidInput, SessionGone, Unavailable
+from agentrun.history import History
+from agentrun.keeper import Keeper
+from agentrun.plan import Drop, HandBack, Run, Write, decide
+from agentrun.publish import Pacer
+from agentrun.run import Attempt, HandedBack, Lost, Shared
+from agentrun.settings import WorkerSettings
+
+log = logging.getLogger("agentrun.worker")
+
+WORKERS = "workers"
+"""The signal channel on which every worker answers who it is."""
+
+_LEASERS = 8
+_PAGE = 1000
+
+
+class RunningTurn(Struct, frozen=True):
+    """A turn being run, as a worker reports it. ``seconds`` since its attempt began."""
+
+    session: str
+    turn: str
+    agent: str
+    attempt: int
+    seconds: float
+
+
+class WorkerInfo(Struct, frozen=True):
+    """What a worker says of itself."""
+
+    worker: str
+    host: str
+    pid: int
+    agents: list[str]
+    slots: int
+    draining: bool
+    running: list[RunningTurn]
+
+
+class Worker:
+    """Runs agents for the turns that a broker holds.
+
+    Every turn gets at most one live attempt across the fleet; a turn of a worker that dies is taken over within the
+    lease time. Each agent has ``settings.concurrency`` slots of its own.
+
+    Args:
+        broker: A connected broker.
+        agents: The agents this worker runs; their names must differ.
+        settings: Times and limits.
+        name: Stands in the log as who ran an attempt; default is host, process id and a random part.
+
+    Raises:
+        InvalidInput: No agent, or two of one name.
+    """
+
+    def __init__(
+        self,
+        broker: Broker,
+        agents: Sequence[Agent],
+        *,
+        settings: WorkerSettings | None = None,
+        name: str | None = None,
+    ) -> None:
+        self.settings = settings or WorkerSettings()
+        self.name = name or f"{platform.node()}-{os.getpid()}-{uuid.uuid4().hex[:6]}"
+        self._broker = broker
+        self._agents = {a.name: a for a in agents}
+        if not agents or len(self._agents) != len(agents):
+            raise InvalidInput(f"a worker needs agents of different names, not {[a.name for a in agents]}")
+        self._attempts: dict[Attempt, str] = {}
+        self._drain = anyio.Event()
+        self._now = anyio.Event()
+        self._idle = anyio.Event()
+        self._busy = 0
+
+    @property
+    def info(self) -> WorkerInfo:
+        """What this worker is doing."""
+        now = time.monotonic()
+        running = [
+            RunningTurn(a.session, a.turn, agent, a.number, now - a.started if a.started else 0.0)
+            for a, agent in self._attempts.items()
+        ]
+        return WorkerInfo(
+            worker=self.name,
+            host=platform.node(),
+            pid=os.getpid(),
+            agents=list(self._agents),
+            slots=self.settings.concurrency * len(self._agents),
+            draining=self._drain.is_set(),
+            running=running,
+        )
+
+    def drain(self) -> None:
+        """Take no more turns; running ones get ``settings.drain`` seconds, then they are handed back, uncharged."""
+        self._drain.set()
+
+    def stop(self) -> None:
+        """Hand all running turns back now."""
+        self._drain.set()
+        self._now.set()
+
+    async def serve(self) -> None:
+        """`run`, with the signals of a process: SIGTERM or SIGINT drains, a second one stops now."""
+        async with anyio.create_task_group() as group:
+            group.start_soon(self._obey_signals)
+            await self.run()
+            group.cancel_scope.cancel()
+
+    async def _obey_signals(self) -> None:
+        with anyio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
+            async for number in signals:
+                if self._drain.is_set():
+                    log.warning("%s again: handing %d turns back now", number.name, self._busy)
+                    self.stop()
+                else:
+                    log.info("%s: draining, %d turns running", number.name, self._busy)
+                    self.drain()
+
+    async def run(self, *, task_status: TaskStatus[None] = anyio.TASK_STATUS_IGNORED) -> None:
+        """Work until `drain` or `stop` and all turns are settled or handed back.
+
+        Raises:
+            Misconfigured: The broker is not set up for this.
+        """
+        lease_ttl = 0.0
+        for name in self._agents:
+            lease_ttl = await self._broker.turns.open(name, lease_ttl=self.settings.lease)
+        keeper = Keeper(
+            lease_ttl / 3, report=self.settings.block_report, limit=max(self.settings.block_limit, lease_ttl)
+        )
+        pacer = Pacer(self.settings.tick, self.settings.tick_above)
+        async with anyio.create_task_group() as agents:
+            with keeper:
+                async with (
+                    self._broker.signals.listen(WORKERS, self._report),
+                    anyio.create_task_group() as turns,
+                ):
+                    shared = Shared(self._broker, self.name, self.settings, pacer, agents)
+                    for agent in self._agents.values():
+                        turns.start_soon(self._lease_for, agent, shared, keeper, turns)
+                    log.info("worker %s runs %s", self.name, ", ".join(self._agents))
+                    task_status.started()
+                    await self._drain.wait()
+                    await self._empty()
+                    turns.cancel_scope.cancel()
+            agents.cancel_scope.cancel()
+
+    async def _report(self, body: bytes) -> bytes:
+        return msgspec.json.encode(self.info)
+
+    async def _empty(self) -> None:
+        """Wait for the running turns, first for them to end, then for them to be handed back."""
+        async with anyio.create_task_group() as group:
+
+            async def until_now() -> None:
+                await self._now.wait()
+                group.cancel_scope.cancel()
+
+            group.start_soon(until_now)
+            with anyio.move_on_after(self.settings.drain):
+                await self._until_idle()
+            group.cancel_scope.cancel()
+        for attempt in list(self._attempts):
+            attempt.stop(Stop(Cause.DRAIN))
+        with anyio.move_on_after(self.settings.cancel_grace + 5):
+            await self._until_idle()
+
+    async def _until_idle(self) -> None:
+        while self._busy:
+            self._idle = anyio.Event()
+            await self._idle.wait()
+
+    # ---------------------------------------------------------------------------------------------------- leasing
+
+    async def _lease_for(self, agent: Agent, shared: Shared, keeper: Keeper, turns: TaskGroup) -> None:
+        slots = anyio.Semaphore(self.settings.concurrency)
+        async with anyio.create_task_group() as leasers:
+            for _ in range(min(_LEASERS, self.settings.concurrency)):
+                leasers.start_soon(self._lease_loop, agent, shared, keeper, turns, slots)
+            await self._drain.wait()
+            leasers.cancel_scope.cancel()
+
+    async def _lease_loop(
+        self, agent: Agent, shared: Shared, keeper: Keeper, turns: TaskGroup, slots: anyio.Semaphore
+    ) -> None:
+        while True:
+            await slots.acquire()
+            lease: Lease | None = None
+            try:
+                lease = await self._broker.turns.lease(agent.name, wait=30.0)
+            except Unavailable as error:
+                log.warning("cannot lease for %s: %s", agent.name, error)
+                await anyio.sleep(1.0)
+            finally:
+                if lease is None:
+                    slots.release()
+            if lease is not None:
+                keeper.hold(lease)
+                self._busy += 1
+                turns.start_soon(self._handle, lease, shared, keeper, slots)
+
+    async def _handle(self, lease: Lease, shared: Shared, keeper: Keeper, slots: anyio.Semaphore) -> None:
+        try:
+            await self._settle(lease, shared)
+        except SessionGone:
+            await self._quietly(lease, 0.0)
+        except BrokerError as error:
+            log.warning("session %s: %s; its input is handed back", lease.session, error)
+            await self._quietly(lease, 1.0)
+        except Exception:
+            log.exception("session %s: the worker failed; its input is handed back", lease.session)
+            await self._quietly(lease, 5.0)
+        finally:
+            keeper.drop(lease)
+            slots.release()
+            self._busy -= 1
+            self._idle.set()
+
+    async def _quietly(self, lease: Lease, delay: float) -> None:
+        try:
+            await lease.nack(delay=delay)
+        except BrokerError as error:
+            log.warning("session %s: %s; the lease will run out", lease.session, error)
+
+    # --------------------------------------------------------------------------------------------------- one input
+
+    async def _settle(self, lease: Lease, shared: Shared) -> None:
+        """Carry the leased input as far as it goes, and settle its queue message."""
+        attempt: Attempt | None = None
+
+        async def on_signal(body: bytes) -> bytes | None:
+            return None if attempt is None else await attempt.on_signal(body)
+
+        history, tail = await self._load(lease)
+        async with self._broker.signals.listen(f"s.{lease.session}", on_signal):
+            while True:
+                action = decide(
+                    history, tail.pending, lease.record, now=time.time(), max_attempts=self.settings.max_attempts
+                )
+                try:
+                    match action:
+                        case Drop():
+                            await lease.ack()
+                            return
+                        case HandBack(delay):
+                            await lease.nack(delay=delay)
+                            return
+                        case Write(event, settles):
+                            tail = await self._write(lease.session, event, settles, history, tail)
+                        case Run(turn):
+                            agent = self._agents.get(turn.agent)
+                            if agent is None:
+                                await lease.nack(delay=1.0)
+                                return
+                            attempt = Attempt(shared, agent, lease.session, lease.record, history, turn, tail)
+                            await self._attempt(attempt, agent.name, lease)
+                            return
+                except Conflict:
+                    history, tail = await self._load(lease)
+
+    async def _attempt(self, attempt: Attempt, agent: str, lease: Lease) -> None:
+        self._attempts[attempt] = agent
+        if self._now.is_set():
+            attempt.stop(Stop(Cause.DRAIN))
+        try:
+            outcome = await attempt.run()
+        finally:
+            del self._attempts[attempt]
+        match outcome:
+            case HandedBack(delay):
+                await lease.nack(delay=delay)
+            case Lost():
+                pass
+            case _:
+                await lease.ack()
+
+    async def _write(
+        self, session: str, event: wire.OutputEvent, settles: tuple[int, ...], history: History, tail: Tail
+    ) -> Tail:
+        # A terminal's message may be too large for one record; it stands in the log in other records then.
+        bodies = wire.split(event, self._broker.capabilities.max_body)
+        for body in bodies:
+            pending = tail.pending.settle(*settles) if body is bodies[-1] else tail.pending
+            tail = await self._broker.log.append(session, body, kind=Kind.EVENT, after=tail, pending=pending)
+            history.apply(tail.offset, wire.decode(body), time=time.time())
+        return tail
+
+    async def _load(self, lease: Lease) -> tuple[History, Tail]:
+        """Fold the session to its end: what lasts of it all, and the deltas of a turn that was begun."""
+        records = await self._read(lease.session, after=0, deltas=False)
+        history = _fold(records)
+        begun = next((t for t in history.turns.values() if t.attempt > 0 and not t.ended), None)
+        if begun is not None:
+            before = [r for r in records if r.offset <= begun.offset]
+            records = before + await self._read(lease.session, after=begun.offset, deltas=True)
+            history = _fold(records, dense_after=begun.offset)
+        if not records:
+            raise SessionGone(f"session {lease.session} was deleted")
+        tail = records[-1].tail
+        if tail.pending.running and tail.kind is not Kind.DELTA:
+            # Only the broker knows whether deltas after it may have expired (`Tail.lost`).
+            last = await self._broker.log.last(lease.session)
+            if last.offset == tail.offset:
+                tail = last
+            if tail.lost:
+                history.apply(tail.next - 1, wire.Gap(from_=tail.offset + 1, to=tail.next - 1))
+        return history, tail
+
+    async def _read(self, session: str, *, after: int, deltas: bool) -> list[Record]:
+        records: list[Record] = []
+        while True:
+            page = await self._broker.log.read(session, after=after, deltas=deltas, limit=_PAGE)
+            records += page
+            if len(page) < _PAGE:
+                return records
+            after = page[-1].offset
+
+
+def _fold(records: Sequence[Record], *, dense_after: int | None = None) -> History:
+    """Fold records; above ``dense_after`` a jump in the offsets is a hole, below it only left-out deltas."""
+    history = History()
+    known = 0
+    for record in records:
+        if dense_after is not None and record.offset > known + 1 and known >= dense_after:
+            history.apply(record.offset - 1, wire.Gap(from_=known + 1, to=record.offset - 1))
+        known = record.offset
+        try:
+            event = wire.decode(record.body)
+        except InvalidInput:
+            # It is rejected, with its reason, when its turn comes.
+            continue
+        history.apply(record.offset, event, time=record.time)
+    return history
