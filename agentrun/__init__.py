@@ -1,1 +1,66 @@
 """agentrun: a framework for fleets of agent workers on a broker."""
+
+from agentrun.agent import Agent, Context, agent
+from agentrun import blocking
+from agentrun.client import Client, Event, Receipt, Result, Session, Steer, Turn, connect
+from agentrun.errors import (
+    AgentrunError,
+    BrokerError,
+    Conflict,
+    Duplicate,
+    Fail,
+    InvalidInput,
+    Misconfigured,
+    NotWaiting,
+    QueueFull,
+    Retry,
+    SessionBusy,
+    SessionError,
+    SessionGone,
+    TooLarge,
+    TurnFailed,
+    TurnNotFound,
+    Unavailable,
+)
+from agentrun.history import History
+from agentrun.settings import ClientSettings, WorkerSettings
+from agentrun.wire import Message, Usage
+from agentrun.worker import Worker
+
+__all__ = [
+    "Agent",
+    "AgentrunError",
+    "BrokerError",
+    "Client",
+    "ClientSettings",
+    "Conflict",
+    "Context",
+    "Duplicate",
+    "Event",
+    "Fail",
+    "History",
+    "InvalidInput",
+    "Message",
+    "Misconfigured",
+    "NotWaiting",
+    "QueueFull",
+    "Receipt",
+    "Result",
+    "Retry",
+    "Session",
+    "SessionBusy",
+    "SessionError",
+    "SessionGone",
+    "Steer",
+    "TooLarge",
+    "Turn",
+    "TurnFailed",
+    "TurnNotFound",
+    "Unavailable",
+    "Usage",
+    "Worker",
+    "WorkerSettings",
+    "blocking",
+    "agent",
+    "connect",
+]

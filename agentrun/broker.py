@@ -16,8 +16,8 @@ Log
   L3  *Unknown outcomes resolve inside.* A lost answer to an append is settled by the broker before it returns: never
       a record twice, never a `Conflict` over our own record. `Unavailable` after ``timeout`` means: not known.
   L4  *Inputs are idempotent.* An append with a ``dedupe`` key that the session stored within
-      ``capabilities.dedupe_window`` raises `Duplicate` with the offset of the first one, also when ``after`` is out of
-      date.
+      ``capabilities.dedupe_window`` raises `Duplicate` with the offset of the first one (a caller whose ``after``
+      is out of date may get `Conflict` first).
   L5  *Reading.* ``after`` is exclusive. `read` pages what is stored; `follow` gives history, then live records, in
       offset order, without loss or duplicate at the seam or after a broken connection. What has expired or was
       trimmed shows as a jump in the offsets, never as anything else. A deleted session begins at 1 again; who
@@ -180,7 +180,7 @@ class Tail(Struct, frozen=True):
     cursor: int = 0
     """The broker's own position of that record, such as a stream sequence. 0: none."""
     time: float = 0.0
-    """When it was stored, in seconds since the epoch, by the broker's clock."""
+    """When it was stored, in seconds since the epoch, by the broker's clock; from `append` it may be an estimate."""
     lost: int = 0
     """How many offsets may have been given out after it to deltas that have expired since."""
     kind: Kind | None = None

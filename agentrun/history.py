@@ -13,19 +13,16 @@ from agentrun import wire
 from agentrun.chat import ChatMessage, input_to_chat, message_to_chat
 from agentrun.errors import TurnNotFound
 from agentrun.message import MessageBuilder
-from agentrun.snapshot import HoleFiller, snapshot_for
 
 __all__ = [
     "ChatMessage",
     "History",
-    "HoleFiller",
     "MessageBuilder",
     "Question",
     "State",
     "TurnView",
     "input_to_chat",
     "message_to_chat",
-    "snapshot_for",
 ]
 
 State = Literal[

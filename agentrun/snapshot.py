@@ -27,8 +27,10 @@ def snapshot_for(hole: Hole, following: Sequence[tuple[int, wire.AnyEvent]]) -> 
     The snapshot's message is what the turn's attempt had said after the hole. Three things the log does not tell, and
     all are mended by the records that follow: a tool call whose input was still being streamed is left out (and what
     was said during that, where further holes follow); data that is replaced later may be left out or show its later
-    value; and where further holes follow with no new part between, text of those may be in the message already. A gap is returned where the beginning of the log is missing, and where the
-    next message is empty, is not known, or does not end in what the records between say.
+    value; and where further holes follow with no new part between, text of those may be in the message already.
+
+    A gap is returned where the beginning of the log is missing, and where the next message is empty, is not known, or
+    does not end in what the records between say.
     """
     start, end = hole
     if start == 1:
@@ -59,50 +61,6 @@ def snapshot_for(hole: Hole, following: Sequence[tuple[int, wire.AnyEvent]]) -> 
             return gap
         return wire.Snapshot(turn=turn, attempt=attempt, from_=start, to=hole[1], message=message)
     return None
-
-
-class HoleFiller:
-    """Gives records out in order with a `Snapshot` or a `Gap` in each hole, holding back what a hole needs."""
-
-    def __init__(self, after: int = 0) -> None:
-        self._last = after
-        self._held: list[tuple[int, wire.AnyEvent | Hole]] = []
-        self._joiner = wire.Joiner()
-
-    @property
-    def waiting(self) -> bool:
-        """Whether records are held back until one comes that says what a hole held."""
-        return bool(self._held)
-
-    def feed(self, offset: int, event: wire.AnyEvent) -> list[tuple[int, wire.AnyEvent]]:
-        """Take the next record; return what can be given out now. A hole's stand-in has the offset it reaches to."""
-        hole = (self._last + 1, offset - 1)
-        self._last = offset
-        carries = isinstance(self._joiner.feed(event), CARRIERS)
-        if hole[0] <= hole[1]:
-            self._held.append((hole[1], hole))
-        elif not self._held:
-            return [(offset, event)]
-        self._held.append((offset, event))
-        return self._fill(give_up=False) if carries or hole[0] == 1 else []
-
-    def flush(self) -> list[tuple[int, wire.AnyEvent]]:
-        """Wait no longer: return all that is held back, with gaps for what nothing tells yet."""
-        return self._fill(give_up=True)
-
-    def _fill(self, *, give_up: bool) -> list[tuple[int, wire.AnyEvent]]:
-        out: list[tuple[int, wire.AnyEvent]] = []
-        held, self._held = self._held, []
-        for index, (offset, event) in enumerate(held):
-            if not isinstance(event, tuple):
-                out.append((offset, event))
-                continue
-            filled = snapshot_for(event, [(o, e) for o, e in held[index + 1 :] if not isinstance(e, tuple)])
-            if filled is None and not give_up:
-                self._held = held[index:]
-                break
-            out.append((offset, filled or wire.Gap(from_=event[0], to=event[1])))
-        return out
 
 
 class _Unlike(Exception):

@@ -18,7 +18,7 @@ def connect(url: str, *, namespace: str = "default", lease_ttl: float = 30.0, **
     Args:
         url: ``nats://host:4222`` (also ``tls://``, ``ws://``, ``wss://``) or ``memory://name``.
         namespace: Keeps deployments on one broker apart.
-        lease_ttl: The lease time, in seconds, of queues that are opened without one.
+        lease_ttl: The lease time, in seconds, of queues that are opened without one (not for ``memory://``).
         options: What the broker's class takes besides: see `agentrun.brokers.nats.NatsBroker` and
             `agentrun.brokers.memory.MemoryBroker`.
 
@@ -33,7 +33,8 @@ def connect(url: str, *, namespace: str = "default", lease_ttl: float = 30.0, **
     if scheme == "memory":
         from agentrun.brokers.memory import MemoryBroker
 
-        return MemoryBroker(url, namespace=namespace, lease_ttl=lease_ttl, **options)
+        name = url.partition("://")[2]
+        return MemoryBroker(f"{name}/{namespace}" if namespace != "default" else name, **options)
     raise InvalidInput(
         f"a broker's URL starts with nats://, tls://, ws://, wss:// or memory://, not {scheme or url[:20]!r}"
     )

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ssl
 from types import TracebackType
-from typing import Self
+from typing import Self, cast
 
 import anyio
 from nats.aio.client import Client
@@ -27,6 +27,8 @@ from agentrun.errors import Unavailable
 from agentrun.wire import check_id
 
 __all__ = ["NatsBroker", "Streams"]
+
+_Exc = tuple[type[BaseException] | None, BaseException | None, TracebackType | None]
 
 
 class NatsBroker:
@@ -139,22 +141,19 @@ class NatsBroker:
         # It will not come back (credentials withdrawn, say): whoever runs on this broker must end.
         raise Unavailable(reason)
 
-    async def __aexit__(
-        self, exc_type: type[BaseException] | None, exc: BaseException | None, trace: TracebackType | None
-    ) -> bool | None:
+    async def __aexit__(self, *exc: object) -> None:
         """Hand back what is held, end the background tasks, close the connections."""
         tasks = self._core.background
         tasks.cancel_scope.cancel()
         try:
-            return await tasks.__aexit__(exc_type, exc, trace)
+            await tasks.__aexit__(*cast("_Exc", exc))
         except BaseExceptionGroup as group:
             # A task group wraps what the body raised; the body's exception goes on as it is.
-            others = [e for e in group.exceptions if e is not exc]
-            if not others:
-                return False
-            if len(others) == 1:
+            others = [e for e in group.exceptions if e not in exc]
+            if len(others) > 1:
+                raise
+            if others:
                 raise others[0] from None
-            raise
         finally:
             self._core.tasks = None
             with anyio.CancelScope(shield=True):

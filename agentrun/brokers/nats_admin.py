@@ -98,7 +98,7 @@ async def _stream(core: Core, partition: int) -> _Stream | None:
 
 def _metadata(config: Mapping[str, Any], stream: str) -> tuple[int, float]:
     """Partitions and the deltas' time to live, as the stream says."""
-    metadata = config.get("metadata") or {}
+    metadata: dict[str, str] = config.get("metadata") or {}
     try:
         if metadata["agentrun.version"] != VERSION:
             raise Misconfigured(
@@ -184,8 +184,8 @@ class NatsAdmin:
             )
         if ttl is not None and ttl < delta_ttl:
             raise Misconfigured(
-                f"namespace {self._core.namespace} keeps deltas for {delta_ttl:g} s, which cannot be lowered to {ttl:g} s: "
-                "those that are stored would outlive newer ones"
+                f"namespace {self._core.namespace} keeps deltas for {delta_ttl:g} s: "
+                f"that cannot be lowered to {ttl:g} s, those that are stored would outlive newer ones"
             )
         return partitions, ttl or delta_ttl
 

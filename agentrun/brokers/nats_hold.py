@@ -46,7 +46,7 @@ class Delivery(NamedTuple):
         # $JS.ACK.<stream>.<consumer>.<delivered>.<seq>.…, in newer servers with domain and account before the stream.
         at = 5 if len(tokens) == 9 else 7
         try:
-            seq, stamp = int(tokens[at]), int(tokens[at + 2]) / 1e9
+            seq, stamp = int(tokens[at]), int(tokens[at + 2]) // 1000 / 1e6  # as exact as the other times
         except (IndexError, ValueError):
             raise InvalidInput(f"an ack subject that is not understood: {msg.reply!r}") from None
         record = Stored(msg.subject, seq, stamp, msg.headers or {}, msg.data).record()

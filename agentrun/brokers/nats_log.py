@@ -82,6 +82,8 @@ class NatsLog:
     ) -> Tail:
         """See `SessionLog.append`."""
         call = self._prepare(session, body, kind, after, pending, agent, dedupe)
+        if after.pending.running and after.kind is not Kind.DELTA:
+            await self._check_age(call)
         deadline = time.monotonic() + timeout
         wait, pause = _FIRST_TRY, _FIRST_PAUSE
         doubt = False
@@ -146,6 +148,16 @@ class NatsLog:
             raise TooLarge(len(headers[PENDING]), HEADROOM - 1500, "list of pending inputs")
         end = Tail(after.next, pending, 0, 0.0, 0, kind)
         return _Append(session, route, subject, headers, body, after, end, dedupe)
+
+    async def _check_age(self, call: _Append) -> None:
+        # D9: compare-and-set cannot see deltas that were stored after this end and have expired. An end that is old
+        # enough for that is refused unless it was read recently (its `lost` says up to when).
+        after, ttl = call.after, self._core.found.delta_ttl
+        if self._core.now() - after.time - after.lost / 1000 < ttl / 2:
+            return
+        tail = await self._reader.tail(call.route, leader=True)
+        if tail.cursor == after.cursor and tail.lost - after.lost > (ttl - 1) * 1000:
+            raise Conflict(f"deltas may have been stored behind offset {after.offset}, and have expired", tail)
 
     def _stored(self, call: _Append, seq: int) -> Tail:
         # The time is our reading of the server's clock; the record's own is in it for whoever reads it.

@@ -103,9 +103,9 @@ class Reader:
     # --------------------------------------------------------------------------------------------- pages
 
     async def page(self, route: Route, start: int, limit: int, *, deltas: bool = True) -> Page:
-        """Up to ``limit`` records from sequence ``start`` on: all that was stored before the call, where it is complete.
+        """Up to ``limit`` records from sequence ``start`` on.
 
-        ``complete`` holds when nothing that was stored before the call comes after ``next``.
+        ``complete``: everything stored before the call that is below ``next`` was seen, and nothing is above it.
         """
         newest = await self.newest(route, leader=True)
         if newest is None or newest.seq < start:
@@ -198,8 +198,8 @@ class Reader:
         first = await self.get(route, {"seq": 1, "next_by_subj": route.all})
         if first is None or first.offset > after:
             return 1
-        low = (first.seq, first.offset)
-        high = (last.seq, last.offset)
+        low: tuple[int, int] = (first.seq, first.offset)
+        high: tuple[int, int] = (last.seq, last.offset)
         turn = 0
         while high[1] - low[1] > NEAR and high[0] - low[0] > 1:
             turn += 1

@@ -111,7 +111,7 @@ class NatsServer:
         config = run / "server.conf"
         config.write_text(self._config(run, self._data or run / "data"))
         with (run / "server.log").open("ab") as output:
-            self._process = subprocess.Popen(
+            self._process = subprocess.Popen(  # noqa: S603 - our own arguments
                 [binary, "-c", str(config)],
                 stdin=subprocess.DEVNULL,
                 stdout=output,
@@ -119,7 +119,7 @@ class NatsServer:
                 start_new_session=True,
             )
         if sys.platform != "win32":
-            self._watch = subprocess.Popen(
+            self._watch = subprocess.Popen(  # noqa: S603 - our own arguments
                 ["/bin/sh", "-c", _WATCH, "watch", str(self._process.pid), str(run)],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.DEVNULL,

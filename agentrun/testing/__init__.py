@@ -1,0 +1,54 @@
+"""Prove that a broker keeps the contract of `agentrun.broker`, and that your program stands what brokers do.
+
+A broker of your own is proved by subclassing `BrokerContract` in a test module. Each check runs in an `Environment`:
+an empty broker, whose methods open connections and, for some checks, do what goes wrong in the world (an answer is
+lost, a connection breaks, the broker restarts). ::
+
+    class AcmeEnvironment(Environment):
+        def __init__(self, url: str, settings: Settings) -> None: ...
+
+        def open(self):
+            return AcmeBroker(self.url, lease_ttl=self.settings.lease_ttl, delta_ttl=self.settings.delta_ttl)
+
+        async def drop_next_ack(self, broker): ...
+        async def cut(self, broker): ...
+        async def trim(self, session, through): ...
+        async def restart(self): ...
+
+
+    class TestAcme(BrokerContract):
+        @pytest.fixture
+        def environments(self, acme_url):
+            @asynccontextmanager
+            async def make(settings):
+                async with empty_acme_namespace(acme_url) as url:
+                    yield AcmeEnvironment(url, settings)
+
+            return make
+
+That gives one test per check, such as ``test_promise[Q2_nacked_turn_is_not_overtaken]``. No pytest plugin is needed,
+and `run_contract` does the same without pytest. A capability declared False is checked as well: for what happens then.
+
+`MemoryBroker` needs no mocks beside it: it is a broker and passes the suite. `FaultyBroker` wraps any broker and loses
+answers, connections and heartbeats by plan or by chance; `LossyProxy` does so to a real connection. `MUTANTS` are
+brokers that each break one promise: the suite must catch every one.
+"""
+
+from agentrun.testing.contract import CHECKS, BrokerContract, Outcome, run_check, run_contract
+from agentrun.testing.contract_base import Check, ContractBroken, Environment, Environments, Settings
+from agentrun.testing.environments import MemoryEnvironment, memory_environments
+
+__all__ = [
+    "CHECKS",
+    "BrokerContract",
+    "Check",
+    "ContractBroken",
+    "Environment",
+    "Environments",
+    "MemoryEnvironment",
+    "Outcome",
+    "Settings",
+    "memory_environments",
+    "run_check",
+    "run_contract",
+]

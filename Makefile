@@ -1,0 +1,56 @@
+# Two commands on a fresh machine: `make demo` and `make test`. Each makes what it needs.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+NEWER := $(VENV)-newer
+PYTEST_ARGS ?=
+
+.PHONY: help demo test test-newer lint format chaos bench venv venv-demo clean
+
+help:
+	@echo "make demo   see it work: a stream, a second reader, a stop, a worker killed in mid-answer"
+	@echo "make test   lint and test everything, on this Python and on a newer one if there is one"
+	@echo "make lint   ruff, import floors, pyright"
+	@echo "make bench  the figures of docs/performance.md"
+	@echo "make chaos  the fault suite, longer than in make test"
+
+venv:
+	@.ci/venv $(VENV) dev $(PYTHON)
+
+venv-demo:
+	@.ci/venv $(VENV) server$(if $(AGENTRUN_MODEL),$(comma)litellm) $(PYTHON)
+
+comma := ,
+
+demo: venv-demo
+	@$(BIN)/agentrun demo
+
+test: lint
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	@$(MAKE) --no-print-directory test-newer
+
+# What depends on the language version: everything but the long end-to-end runs.
+test-newer: venv
+	@newer=$$(.ci/newer $(BIN)/python); \
+	if [ -z "$$newer" ]; then echo "no newer Python than $$($(BIN)/python --version) on this machine"; exit 0; fi; \
+	.ci/venv $(NEWER) dev $$newer && echo "again with $$($(NEWER)/bin/python --version):" && \
+	$(NEWER)/bin/python -m pytest tests/unit tests/worker $(PYTEST_ARGS)
+
+lint: venv
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	PYTHONPATH=. $(BIN)/lint-imports
+	$(BIN)/pyright --pythonpath $(BIN)/python
+
+format: venv
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: venv
+	$(BIN)/agentrun bench all
+
+chaos: venv
+	$(BIN)/python -m pytest tests/brokers/test_faults.py tests/worker --count-faults $(PYTEST_ARGS)
+
+clean:
+	rm -rf $(VENV) $(NEWER) .agentrun .pytest_cache .hypothesis .ruff_cache build dist

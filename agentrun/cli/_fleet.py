@@ -1,0 +1,206 @@
+"""A broker and worker processes for the time of a bench or a demonstration."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import AsyncGenerator, Mapping, Sequence
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import IO, Self
+
+import anyio
+import anyio.to_thread
+import msgspec
+from msgspec import Struct
+
+from agentrun import brokers
+from agentrun.broker import BrokerAdmin
+from agentrun.brokers.server import NatsServer
+from agentrun.client import Client
+from agentrun.errors import Misconfigured, Unavailable
+from agentrun.wire import TurnStarted
+from agentrun.worker import WORKERS, WorkerInfo
+
+_START = 60.0
+_END = 10.0
+
+# The command in a child that ends when its parent does, whatever way that dies: its end of the pipe closes.
+_CHILD = """
+import os, threading
+threading.Thread(target=lambda: (os.read(0, 1), os._exit(1)), daemon=True).start()
+from agentrun.cli import main
+main()
+"""
+
+
+def command(*arguments: str) -> list[str]:
+    """An agentrun command, as the arguments of a process that ends when its standard input is closed."""
+    return [sys.executable, "-c", _CHILD, *arguments]
+
+
+class Place(Struct, frozen=True):
+    """Where a fleet works: the broker, the namespace in it, and the server's process id if the server is ours."""
+
+    url: str
+    namespace: str
+    server: int | None = None
+
+    @property
+    def options(self) -> list[str]:
+        """The same, for a command line."""
+        return ["--url", self.url, "--namespace", self.namespace]
+
+
+@asynccontextmanager
+async def open_place(url: str | None, namespace: str) -> AsyncGenerator[Place]:
+    """Give the broker at ``url``, or a server of our own, set up for the namespace.
+
+    Raises:
+        Misconfigured: The broker is not one that processes can share, or cannot be set up.
+        Unavailable: It cannot be reached.
+    """
+    if url is None:
+        async with NatsServer() as server:
+            await _setup(server.url, namespace)
+            yield Place(server.url, namespace, server.pid)
+    else:
+        if url.startswith("memory:"):
+            raise Misconfigured("a memory broker lives in one process; this needs one that processes share: nats://…")
+        await _setup(url, namespace)
+        yield Place(url, namespace)
+
+
+async def _setup(url: str, namespace: str) -> None:
+    async with brokers.connect(url, namespace=namespace, check=False) as broker:
+        if isinstance(broker, BrokerAdmin):
+            await broker.setup()
+
+
+class Fleet:
+    """Worker processes of one agent, an async context manager; leaving it ends them.
+
+    Args:
+        place: Where they work.
+        agent: The agent, as ``module:name``.
+        lease: Their lease time, in seconds.
+        concurrency: Turns each of them runs at once.
+        env: Added to their environment.
+    """
+
+    def __init__(
+        self,
+        place: Place,
+        agent: str,
+        *,
+        lease: float,
+        concurrency: int = 50,
+        env: Mapping[str, str] | None = None,
+    ) -> None:
+        self.place = place
+        self._arguments = ["worker", agent, *place.options, "--lease", f"{lease:g}", "--concurrency", f"{concurrency}"]
+        self._env = {**os.environ, **(env or {})}
+        self._processes: dict[int, subprocess.Popen[bytes]] = {}
+        self._log: IO[bytes] | None = None
+
+    @property
+    def pids(self) -> Sequence[int]:
+        """The processes that were started and not killed."""
+        return tuple(self._processes)
+
+    async def __aenter__(self) -> Self:
+        self._log = tempfile.TemporaryFile("a+b", prefix="agentrun-workers-")  # noqa: SIM115 - closed by __aexit__
+        return self
+
+    async def __aexit__(self, *exc: object) -> None:
+        with anyio.CancelScope(shield=True):
+            for number in (signal.SIGTERM, signal.SIGTERM):
+                # The second one: do not wait for turns.
+                for process in self._processes.values():
+                    process.send_signal(number)
+                await anyio.sleep(0.05)
+            for process in self._processes.values():
+                await anyio.to_thread.run_sync(_wait, process)
+        self._processes.clear()
+        assert self._log is not None
+        self._log.close()
+
+    async def start(self, client: Client, count: int = 1) -> list[WorkerInfo]:
+        """Start so many workers and return them when they work.
+
+        Raises:
+            Misconfigured: One ended instead; the message says what it said.
+            Unavailable: They did not report within a minute.
+        """
+        new: set[int] = set()
+        for _ in range(count):
+            process = subprocess.Popen(  # noqa: S603 - our own arguments
+                command(*self._arguments),
+                stdin=subprocess.PIPE,
+                stdout=self._log,
+                stderr=self._log,
+                env=self._env,
+                start_new_session=True,
+            )
+            self._processes[process.pid] = process
+            new.add(process.pid)
+        with anyio.move_on_after(_START):
+            while True:
+                if ended := [pid for pid in new if self._processes[pid].poll() is not None]:
+                    raise Misconfigured(f"worker {ended[0]} ended at once: {self.said()}")
+                found = [worker for worker in await _workers(client) if worker.pid in new]
+                if len(found) == count:
+                    return found
+                await anyio.sleep(0.05)
+        raise Unavailable(f"the workers did not start within {_START:g} s: {self.said()}")
+
+    def kill(self, pid: int) -> None:
+        """End a worker as a crash would."""
+        process = self._processes.pop(pid)
+        process.kill()
+        process.wait()
+        _close(process)
+
+    def said(self) -> str:
+        """The last words of the workers."""
+        assert self._log is not None
+        self._log.seek(0)
+        return self._log.read().decode(errors="replace").strip()[-1000:]
+
+
+async def _workers(client: Client) -> list[WorkerInfo]:
+    replies = await client.broker.signals.gather(WORKERS, b"", wait=0.2)
+    return [msgspec.json.decode(reply, type=WorkerInfo) for reply in replies]
+
+
+def runner_of(started: TurnStarted, workers: Sequence[WorkerInfo]) -> WorkerInfo:
+    """The worker that runs an attempt."""
+    return next(worker for worker in workers if worker.worker == started.worker)
+
+
+def _wait(process: subprocess.Popen[bytes]) -> None:
+    try:
+        process.wait(_END)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+    _close(process)
+
+
+def _close(process: subprocess.Popen[bytes]) -> None:
+    if process.stdin is not None:
+        process.stdin.close()
+
+
+def cpu_seconds(pid: int | None) -> float | None:
+    """The processor time a process has used so far; None where the system does not say."""
+    if pid is None:
+        return None
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return None
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")

@@ -1,0 +1,21 @@
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from agentrun.brokers.server import NatsServer
+from tests.brokers.nats_environment import NatsEnvironments
+
+
+@pytest.fixture(scope="session")
+def nats_server() -> Iterator[NatsServer]:
+    """A real nats-server, shared by all tests of the run; each test takes a namespace of its own."""
+    with NatsServer() as server:
+        yield server
+
+
+@pytest.fixture
+def nats_environments(nats_server: NatsServer) -> NatsEnvironments:
+    """What `agentrun.testing.BrokerContract` runs against on NATS."""
+    return NatsEnvironments(nats_server)

@@ -1,0 +1,23 @@
+"""Every broker passes the public suite."""
+
+from __future__ import annotations
+
+import pytest
+
+from agentrun.brokers.server import NatsServer
+from agentrun.testing import BrokerContract, Environments, memory_environments
+from tests.brokers.nats_environment import NatsEnvironments
+
+
+class TestContract(BrokerContract):
+    @pytest.fixture(params=["memory", "nats-1", "nats-3"])
+    def environments(self, request: pytest.FixtureRequest) -> Environments:
+        backend, _, partitions = request.param.partition("-")
+        match backend:
+            case "memory":
+                return memory_environments
+            case "nats":
+                server: NatsServer = request.getfixturevalue("nats_server")
+                return NatsEnvironments(server, int(partitions))
+            case _:
+                raise ValueError(f"no environment for broker {request.param!r}")

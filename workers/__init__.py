@@ -1,0 +1,1 @@
+"""Agents to deploy as they are: ``agentrun worker workers.echo:echo``."""
