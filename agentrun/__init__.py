@@ -1,7 +1,7 @@
 """agentrun: a framework for fleets of agent workers on a broker."""
 
-from agentrun.agent import Agent, Context, agent
 from agentrun import blocking
+from agentrun.agent import Agent, Context, agent
 from agentrun.client import Client, Event, Receipt, Result, Session, Steer, Turn, connect
 from agentrun.errors import (
     AgentrunError,
@@ -60,7 +60,7 @@ __all__ = [
     "Usage",
     "Worker",
     "WorkerSettings",
-    "blocking",
     "agent",
+    "blocking",
     "connect",
 ]

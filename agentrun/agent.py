@@ -28,10 +28,12 @@ from agentrun.wire import (
     InputRequired,
     Message,
     OutputEvent,
+    ReasoningDelta,
     TextDelta,
     TurnRequested,
     Usage,
     check_id,
+    mend,
 )
 
 if TYPE_CHECKING:
@@ -128,7 +130,7 @@ class Context:
         """Append text, an event, or usage. Waits only while the turn's buffer is full (a broker outage, say).
 
         Raises:
-            InvalidInput: The item is nothing an author appends.
+            InvalidInput: The item is nothing an author appends, or holds what JSON cannot.
         """
         if isinstance(item, str):
             if item:
@@ -136,6 +138,8 @@ class Context:
         elif isinstance(item, Usage):
             self.usage = item if self.usage is None else add_usage(self.usage, item)
         elif getattr(item, "type", None) in _FROM_AUTHORS:
+            if not isinstance(item, (TextDelta, ReasoningDelta)):
+                mend(item)  # here its author can be told; once it is queued nobody can
             await self._port.emit(item)
         else:
             raise InvalidInput(

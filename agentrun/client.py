@@ -175,7 +175,7 @@ class Session:
         request.deadline = inputs.deadline_of(deadline)
         request.user, request.device, request.parent = user, device, parent
         request.metadata, request.trace = dict(metadata or {}), dict(trace or {})
-        return Turn(self, request.turn, await self._append(request))
+        return Turn(self, request.turn, await self._append(request, minted=id is None))
 
     def _request(self, input: Any, agent: str | None, id: str | None, on_busy: OnBusy) -> wire.TurnRequested:
         inputs.check_on_busy(on_busy)
@@ -187,15 +187,17 @@ class Session:
         turn = uuid.uuid4().hex if id is None else check_id("a turn's id", id)
         return wire.TurnRequested(turn=turn, agent=check_id("an agent's name", name), input=input, on_busy=on_busy)
 
-    async def _append(self, request: wire.TurnRequested) -> int:
+    async def _append(self, request: wire.TurnRequested, *, minted: bool) -> int:
         log = self._broker.log
         body = inputs.encode_input(request)
 
         async def plan(tail: Tail) -> inputs.Input:
             full = len(tail.pending) >= self._settings.max_queued
             if tail.pending and (full or request.on_busy == "reject"):
-                # What was sent before is neither refused now nor sent again.
-                known = await inputs.sent_before(log, self.id, body, request.agent, request.turn)
+                # What was sent before is neither refused now nor sent again. An id of our own making can only be
+                # that of a try just now.
+                after = min(entry.offset for entry in tail.pending) - 1 if minted else 0
+                known = await inputs.sent_before(log, self.id, request.turn, after=after)
                 if known is not None:
                     raise Duplicate(request.turn, known)
                 waiting = f"session {self.id} has {len(tail.pending)} inputs that have not ended"

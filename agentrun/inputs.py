@@ -14,10 +14,11 @@ from msgspec import Struct
 
 from agentrun import wire
 from agentrun.broker import Broker, Kind, Pending, SessionLog, Tail
-from agentrun.errors import Conflict, Duplicate, InvalidInput, NoListener, NotWaiting, TurnNotFound, Unavailable
+from agentrun.errors import Conflict, InvalidInput, NoListener, NotWaiting, TurnNotFound, Unavailable
 from agentrun.history import History, TurnView
-from agentrun.reading import Fold
+from agentrun.reading import Event, Fold
 
+_PAGE = 1000
 _PATIENCE = 5
 """Conflicts after which an append pauses before it tries again."""
 
@@ -112,13 +113,11 @@ def encode_input(event: wire.InputEvent) -> bytes:
     Raises:
         InvalidInput: A field is of the wrong type, or cannot be JSON.
     """
+    body = wire.encode(event)
     try:
-        body = wire.encode(event)
         wire.decode(body)
     except InvalidInput as error:
         raise InvalidInput(f"this {event.type} cannot be sent: {error}") from error
-    except (TypeError, ValueError, OverflowError, RecursionError, msgspec.MsgspecError) as error:
-        raise InvalidInput(f"this {event.type} cannot be JSON: {error}") from error
     return body
 
 
@@ -143,21 +142,18 @@ async def check_same(log: SessionLog, session: str, offset: int, request: wire.T
             )
 
 
-async def sent_before(log: SessionLog, session: str, body: bytes, agent: str, key: str) -> int | None:
-    """Return the offset of the input stored under ``key``, None if there is none. Stores nothing.
-
-    Only for a session that is not empty: a compare-and-append to its beginning can but find a duplicate, or fail.
-    """
-    try:
-        start = Tail()
-        await log.append(
-            session, body, kind=Kind.TURN, after=start, pending=Pending().add(start.next), agent=agent, dedupe=key
-        )
-    except Duplicate as duplicate:
-        return duplicate.offset
-    except Conflict:
-        return None
-    return 1  # the session was deleted just now, and this began it anew
+async def sent_before(log: SessionLog, session: str, turn: str, *, after: int) -> int | None:
+    """Return the offset of the turn's request if it stands behind ``after``. Reads all that lasts from there on."""
+    while records := await log.read(session, after=after, deltas=False, limit=_PAGE):
+        for record in records:
+            if record.kind is Kind.TURN and turn.encode() in record.body:
+                event = Event(record.offset, record.body).data
+                if isinstance(event, wire.TurnRequested) and event.turn == turn:
+                    return record.offset
+        if len(records) < _PAGE:
+            return None
+        after = records[-1].offset
+    return None
 
 
 # ----------------------------------------------------------------------------------------------------------- answers

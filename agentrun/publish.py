@@ -1,16 +1,17 @@
-"""Appending as the owner of a session: offsets, the fence as the worker sees it, and ack-clocked batching."""
+"""From what an agent emits to appends: order, ack-clocked merging, backpressure, checkpoints."""
 
 from __future__ import annotations
 
-import random
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import anyio
+import msgspec
 
-from agentrun.broker import Kind, Pending, Record, SessionLog, Tail
-from agentrun.errors import Conflict, Fenced, SessionGone, Unavailable
+from agentrun import wire
+from agentrun.broker import Kind
+from agentrun.errors import Fenced, InvalidInput
 from agentrun.message import MessageBuilder
 from agentrun.wire import (
     Data,
@@ -21,13 +22,14 @@ from agentrun.wire import (
     ToolInputDelta,
     ToolProgress,
     TurnCheckpoint,
-    split,
 )
-
-Change = Callable[[Pending], Pending]
+from agentrun.writer import Change, SessionWriter
 
 _TEXT_LIMIT = 32_768
 """Characters merged into one record: six bytes each at the worst, far below any broker's limit."""
+
+_LEAST_GAP = 0.001
+"""Deltas of a session are never appended faster than this: readers of its end count on it (design.md, D9)."""
 
 
 def kind_of(event: OutputEvent) -> Kind:
@@ -37,89 +39,6 @@ def kind_of(event: OutputEvent) -> Kind:
     if isinstance(event, Data) and event.transient:
         return Kind.DELTA
     return Kind.EVENT
-
-
-class SessionWriter:
-    """Appends to one session as its owner, from the claim to the last word.
-
-    Args:
-        log: The broker's log.
-        session: The session's id.
-        tail: The session's end right after the claim.
-        on_input: Called once, in order, with each input found in the log on the way.
-    """
-
-    def __init__(self, log: SessionLog, session: str, tail: Tail, on_input: Callable[[Record], None]) -> None:
-        self.tail = tail
-        self._log = log
-        self._session = session
-        self._on_input = on_input
-        self._seen = tail.offset
-        self._in_flight: bytes | None = None
-
-    async def append(self, body: bytes, kind: Kind, change: Change | None = None) -> Tail:
-        """Store one record; an input that came in between is reported and stepped over.
-
-        While the broker is away this waits for it, however long: the session's owner is whoever appends first then.
-
-        Raises:
-            Fenced: Somebody else has appended as the owner, or the session was deleted.
-        """
-        self._in_flight = body
-        pause = 0.05
-        try:
-            while True:
-                pending = change(self.tail.pending) if change else self.tail.pending
-                try:
-                    self.tail = await self._log.append(self._session, body, kind=kind, after=self.tail, pending=pending)
-                    return self.tail
-                except Conflict:
-                    if await self._catch_up(body):
-                        return self.tail
-                except SessionGone as error:
-                    raise Fenced(str(error)) from error
-                except Unavailable:
-                    await anyio.sleep(pause * (0.5 + random.random()))  # noqa: S311 - spreads retries, no secret
-                    pause = min(pause * 2, 1.0)
-        finally:
-            self._in_flight = None
-
-    async def _catch_up(self, body: bytes) -> bool:
-        """Read what came since our last record; return whether our own is among it."""
-        known = self.tail.offset
-        records: list[Record] = []
-        pause = 0.002
-        while not records:
-            try:
-                records = list(await self._log.read(self._session, after=known))
-                if not records:
-                    if (await self._log.last(self._session)).offset < known:
-                        raise Fenced(f"session {self._session} was deleted")
-                    # The broker refused us for a record that its replica does not show yet.
-                    await anyio.sleep(pause)
-                    pause = min(pause * 2, 0.25)
-            except Unavailable:
-                await anyio.sleep(0.25)
-        stored = False
-        for record in records:
-            if record.kind.input:
-                self.observe(record)
-            elif record.body == body and not stored:
-                # An append whose outcome could not be found out earlier had been stored after all.
-                stored = True
-            else:
-                raise Fenced(f"session {self._session} was taken over at offset {record.offset}")
-            self.tail = record.tail
-        return stored
-
-    def observe(self, record: Record) -> bool:
-        """Take note of a record seen by another way; return False if it shows that we are superseded."""
-        if record.kind.input:
-            if record.offset > self._seen:
-                self._seen = record.offset
-                self._on_input(record)
-            return True
-        return record.offset <= self.tail.offset or record.body == self._in_flight
 
 
 class Pacer:
@@ -149,16 +68,24 @@ class Pacer:
         return self._tick - now % self._tick if self._busy else 0.0
 
 
+_Text = TextDelta | ReasoningDelta | ToolInputDelta
+"""What is merged with its like."""
+
+
 class _Slot:
     """What one append will hold: merged text, or one event."""
 
-    __slots__ = ("change", "count", "event", "pieces", "reasoning", "size")
+    __slots__ = ("bodies", "call", "change", "count", "event", "kind", "number", "pieces", "size", "text")
 
-    def __init__(self, event: OutputEvent | None = None, change: Change | None = None) -> None:
-        self.event = event
-        self.change = change
+    def __init__(self, number: int, text: type[_Text] | None = None, call: str = "") -> None:
+        self.number = number
+        self.text = text
+        self.call = call
+        self.event: OutputEvent | None = None
+        self.bodies: Sequence[bytes] = ()
+        self.kind = Kind.DELTA
+        self.change: Change | None = None
         self.pieces: list[str] = []
-        self.reasoning = False
         self.count = 0
         self.size = 0
 
@@ -177,7 +104,7 @@ class Publisher:
         pacer: Shared by all publishers of a worker.
         min_gap: Least seconds between two appends of deltas.
         buffer_events: Tokens and events that may wait; then `emit` waits.
-        checkpoint_after: Seconds after which the message is stored whole.
+        checkpoint_after: Seconds after which the message is stored whole, again and again.
         max_body: The broker's limit for a record, in bytes.
     """
 
@@ -201,146 +128,257 @@ class Publisher:
         self._turn = turn
         self._attempt = attempt
         self._pacer = pacer
-        self._min_gap = min_gap
+        self._min_gap = max(min_gap, _LEAST_GAP)
         self._limit = buffer_events
         self._checkpoint_after = checkpoint_after
-        self._checkpoint_at = time.monotonic() + checkpoint_after
+        self._checkpoint_due = False
         self._max_body = max_body
         self._slots: deque[_Slot] = deque()
         self._waiting = 0
+        self._put = 0
+        self._stored = 0
         self._index = 0
         self._next = 0.0
         self._in_flight = False
-        self._wake = anyio.Event()
-        self._moved = anyio.Event()
+        self._closed = False
+        self._ended = False
+        self._idle: anyio.Event | None = None
+        self._moved: anyio.Event | None = None
+
+    # ------------------------------------------------------------------------------------------------- what comes in
 
     async def emit(self, event: OutputEvent) -> None:
         """Queue an event of the agent's; wait while the buffer is full.
 
         Raises:
-            Fenced: The session is no longer ours.
+            Fenced: The session is no longer ours, or the attempt is over.
+            InvalidInput: The event cannot be stored.
         """
-        while self._waiting >= self._limit and self.error is None:
-            await self._moved.wait()
-        self.put(event)
+        while self._waiting >= self._limit and self.error is None and not self._closed:
+            await self._move()
+        if isinstance(event, (TextDelta, ReasoningDelta)):
+            self._check_open()
+            if not isinstance(event.text, str):  # pyright: ignore[reportUnnecessaryIsInstance] - authors err
+                raise InvalidInput(f"the text of a {event.type} must be str, not {type(event.text).__name__}")
+            self._put_text(event.text, event.count, type(event))
+        elif isinstance(event, ToolInputDelta) and self._goes_on(event):
+            self._put_text(event.text, 1, ToolInputDelta, event.call)
+        else:
+            self.put(msgspec.structs.replace(event, turn=self._turn, attempt=self._attempt))
 
     def put(self, event: OutputEvent, change: Change | None = None) -> None:
         """Queue an event whatever the buffer holds; ``change`` edits the pending list when it is stored.
 
+        Events about another turn (a queued one that was stopped) come with their own names.
+
         Raises:
-            Fenced: The session is no longer ours.
+            Fenced: The session is no longer ours, or the attempt is over.
+            InvalidInput: The event cannot be stored.
         """
+        self._check_open()
+        event.turn = event.turn or self._turn
+        event.attempt = event.attempt or (self._attempt if event.turn == self._turn else 0)
+        slot = self._new_slot()
+        # Encoded now, and read again: an error meets whoever made it, and what is changed later changes nothing here.
+        slot.event, slot.bodies = _encoded(event, self._max_body)
+        # Pieces stay: an event must not lose one of them to expiry before the others.
+        slot.kind = kind_of(event) if len(slot.bodies) == 1 else Kind.EVENT
+        slot.change = change
+        slot.count = 1
+        self._slots.append(slot)
+        self._waiting += 1
+        self._wake()
+
+    def _check_open(self) -> None:
         if self.error is not None:
             raise self.error
-        if isinstance(event, (TextDelta, ReasoningDelta)):
-            self._put_text(event)
-        else:
-            # Events about another turn (a queued one that was stopped) come with their own names.
-            event.turn = event.turn or self._turn
-            event.attempt = event.attempt or (self._attempt if event.turn == self._turn else 0)
-            self._slots.append(_Slot(event, change))
-            self._waiting += 1
-        self._wake.set()
+        if self._closed:
+            raise Fenced(f"attempt {self._attempt} at turn {self._turn} is over; what it appends now is refused")
 
-    def _put_text(self, event: TextDelta | ReasoningDelta) -> None:
-        reasoning = isinstance(event, ReasoningDelta)
-        text = event.text
-        count = event.count
-        for start in range(0, max(len(text), 1), _TEXT_LIMIT):
-            piece = text if len(text) <= _TEXT_LIMIT else text[start : start + _TEXT_LIMIT]
-            slot = self._slots[-1] if self._slots else None
-            if (
-                slot is None
-                or slot.event is not None
-                or slot.reasoning is not reasoning
-                or slot.size + len(piece) > _TEXT_LIMIT
-            ):
-                slot = _Slot()
-                slot.reasoning = reasoning
-                self._slots.append(slot)
-            slot.pieces.append(piece)
-            slot.size += len(piece)
-            slot.count += count
-            self._waiting += count
-            count = 0
+    def _goes_on(self, event: ToolInputDelta) -> bool:
+        """Whether it only adds text to the piece of tool input that was queued last."""
+        self._check_open()
+        slot = self._slots[-1] if self._slots else None
+        if slot is None or slot.call != event.call or event.name or not isinstance(cast("Any", event.text), str):
+            return False
+        if slot.text is None and isinstance(slot.event, ToolInputDelta) and len(slot.bodies) == 1:
+            # The first piece was queued as an event of its own, since it may have a name.
+            slot.text = ToolInputDelta
+            slot.pieces.append(slot.event.text)
+            slot.size = len(slot.event.text)
+        return slot.text is ToolInputDelta
+
+    def _put_text(self, text: str, count: int, cls: type[_Text], call: str = "") -> None:
+        size = len(text)
+        slot = self._slots[-1] if self._slots else None
+        if slot is None or slot.text is not cls or slot.size + size > _TEXT_LIMIT:
+            # What is too long is sliced; its tokens are counted with the last slice.
+            whole = max(size - 1, 0) // _TEXT_LIMIT * _TEXT_LIMIT
+            for start in range(0, whole, _TEXT_LIMIT):
+                self._text_slot(cls, call).pieces.append(text[start : start + _TEXT_LIMIT])
+            slot = self._text_slot(cls, call)
+            text = text[whole:]
+        slot.pieces.append(text)
+        slot.size += len(text)
+        slot.count += count
+        self._waiting += count
+        self._wake()
+
+    def _text_slot(self, cls: type[_Text], call: str) -> _Slot:
+        self._put += 1
+        slot = _Slot(self._put, cls, call)
+        self._slots.append(slot)
+        return slot
+
+    def _new_slot(self) -> _Slot:
+        self._put += 1
+        return _Slot(self._put)
+
+    # ------------------------------------------------------------------------------------------------ who waits for it
 
     async def flush(self) -> None:
-        """Wait until everything queued is stored.
+        """Wait until everything queued so far is stored.
 
         Raises:
             Fenced: The session is no longer ours.
         """
-        while self._slots or self._in_flight:
-            if self.error is not None:
-                break
-            await self._moved.wait()
+        last = self._put
+        while self._stored < last and self.error is None:
+            await self._move()
+        if self.error is not None:
+            raise self.error
+
+    async def close(self) -> None:
+        """Refuse what is queued from now on, and wait until the rest is stored and nothing is in flight.
+
+        Raises:
+            Fenced: The session is no longer ours.
+        """
+        self._closed = True
+        self._wake()
+        while not self._ended and self.error is None:
+            await self._move()
         if self.error is not None:
             raise self.error
 
     async def reached(self, offset: int) -> None:
         """Wait until no append is in flight that may have been stored at ``offset`` without our knowing yet."""
         while self._in_flight and self._writer.tail.offset < offset and self.error is None:
-            await self._moved.wait()
+            await self._move()
+
+    def fence(self, error: Fenced) -> None:
+        """Take note that the session is no longer ours."""
+        self.error = self.error or error
+        self._slots.clear()
+        self._ring()
+
+    async def _move(self) -> None:
+        if self._moved is None:
+            self._moved = anyio.Event()
+        await self._moved.wait()
+
+    def _ring(self) -> None:
+        if self._moved is not None:
+            self._moved.set()
+            self._moved = None
+
+    def _wake(self) -> None:
+        if self._idle is not None:
+            self._idle.set()
+            self._idle = None
+
+    # ------------------------------------------------------------------------------------------------ what goes out
 
     async def run(self) -> None:
-        """Append what is queued, for ever; ends when the session is no longer ours (``error`` says so)."""
-        while True:
-            while not self._slots:
-                self._wake = anyio.Event()
-                await self._wake.wait()
-            self._in_flight = True
+        """Append what is queued until `close`, or until the session is no longer ours (``error`` says so)."""
+        async with anyio.create_task_group() as group:
+            group.start_soon(self._remind)
             try:
-                await self._append_next()
+                await self._work()
             except Fenced as error:
-                self.error = error
-                self._slots.clear()
-                return
-            finally:
+                self.fence(error)
+            self._in_flight = False
+            self._ended = True
+            self._ring()
+            group.cancel_scope.cancel()
+
+    async def _work(self) -> None:
+        while self.error is None:
+            if self._slots:
+                self._in_flight = True
+                await self._append_next()
                 self._in_flight = False
-                moved, self._moved = self._moved, anyio.Event()
-                moved.set()
+                self._ring()
+            elif self._closed:
+                return
+            elif self._checkpoint_due:
+                await self._checkpoint()
+            else:
+                self._idle = anyio.Event()
+                await self._idle.wait()
 
     async def _append_next(self) -> None:
-        head = self._slots[0]
-        is_delta = head.event is None or kind_of(head.event) is Kind.DELTA
-        if is_delta:
+        if self._slots[0].kind is Kind.DELTA:
             now = time.monotonic()
             wait = max(self._next - now, self._pacer.delay(now))
             if wait > 0:
                 await anyio.sleep(wait)
+            if self.error is not None:
+                return
         slot = self._slots.popleft()
-        event = self._event_of(slot)
-        kind = Kind.DELTA if is_delta else Kind.EVENT
-        bodies = split(event, self._max_body)
-        if len(bodies) > 1:
-            # Pieces of a delta stay: an event must not lose one of them to expiry before the others.
-            kind = Kind.EVENT
-        for body in bodies:
-            last = body is bodies[-1]
-            tail = await self._writer.append(body, kind, slot.change if last else None)
-            if last:
-                self._waiting -= slot.count if slot.event is None else 1
-                self.builder.apply(event)
-                if is_delta:
-                    self._next = time.monotonic() + self._min_gap
-                elif self.on_stored is not None:
-                    self.on_stored(event, tail.offset)
-        if is_delta and time.monotonic() >= self._checkpoint_at:
-            self._checkpoint_at = time.monotonic() + self._checkpoint_after
-            checkpoint = TurnCheckpoint(turn=self._turn, attempt=self._attempt, message=self.builder.message)
-            self._slots.appendleft(_Slot(checkpoint))
-            self._waiting += 1
+        event, bodies = (slot.event, slot.bodies) if slot.event is not None else self._text_of(slot)
+        for body in bodies[:-1]:
+            await self._writer.append(body, Kind.EVENT)
+        tail = await self._writer.append(bodies[-1], slot.kind, slot.change)
+        self._waiting -= slot.count
+        self._stored = slot.number
+        self.builder.apply(event)
+        if slot.kind is Kind.DELTA:
+            self._next = time.monotonic() + self._min_gap
+            if self._checkpoint_due:
+                await self._checkpoint()
+        elif self.on_stored is not None:
+            self.on_stored(event, tail.offset)
 
-    def _event_of(self, slot: _Slot) -> OutputEvent:
-        if slot.event is not None:
-            return slot.event
+    def _text_of(self, slot: _Slot) -> tuple[OutputEvent, Sequence[bytes]]:
         cls = ReasoningDelta if slot.reasoning else TextDelta
         event = cls(
-            turn=self._turn,
-            attempt=self._attempt,
-            text="".join(slot.pieces),
-            index=self._index,
-            count=slot.count,
+            turn=self._turn, attempt=self._attempt, text="".join(slot.pieces), index=self._index, count=slot.count
         )
         self._index += slot.count
-        return event
+        try:
+            body = wire.encode(event)
+        except UnicodeEncodeError:
+            # A provider cut a character outside the basic plane in two. What was not put together again is no text.
+            event.text = event.text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+            body = wire.encode(event)
+        if len(body) <= self._max_body:
+            return event, (body,)
+        slot.kind = Kind.EVENT
+        return event, wire.split(event, self._max_body)
+
+    async def _remind(self) -> None:
+        # By the clock and not by what is said: while the session's end is young, nobody who takes it over has to
+        # reckon with deltas that came after it and have expired.
+        while True:
+            await anyio.sleep(self._checkpoint_after)
+            self._checkpoint_due = True
+            self._wake()
+
+    async def _checkpoint(self) -> None:
+        self._checkpoint_due = False
+        event = TurnCheckpoint(turn=self._turn, attempt=self._attempt, message=self.builder.message)
+        for body in wire.split(event, self._max_body):
+            await self._writer.append(body, Kind.EVENT)
+
+
+def _encoded(event: OutputEvent, limit: int) -> tuple[OutputEvent, Sequence[bytes]]:
+    try:
+        body = wire.encode(event)
+        stored = wire.decode(body)
+    except InvalidInput as error:
+        raise InvalidInput(f"this {event.type} cannot be stored: {error}") from error
+    except (TypeError, ValueError, OverflowError, RecursionError, msgspec.MsgspecError) as error:
+        raise InvalidInput(f"this {event.type} cannot be JSON: {error}") from error
+    assert isinstance(stored, wire.OutputEvent)
+    return stored, (body,) if len(body) <= limit else wire.split(stored, limit)

@@ -44,7 +44,7 @@ def _decode(raw: bytes) -> wire.AnyEvent:
     """Return the event; what cannot be decoded is passed on like an unknown one, so that no record stops a reader."""
     try:
         return wire.decode(raw)
-    except (InvalidInput, UnicodeDecodeError):
+    except InvalidInput:
         return wire.UnknownEvent(_names_of(raw).type, raw)
 
 

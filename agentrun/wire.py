@@ -7,6 +7,7 @@ the stored bytes too, so that nothing is lost in passing.
 
 from __future__ import annotations
 
+import json
 import re
 from typing import Any, Literal
 
@@ -33,6 +34,8 @@ def check_id(what: str, value: str) -> str:
 
 
 # ---------------------------------------------------------------------------------------------------- messages
+# The part types are a closed set: a reader that met one it does not know could not read the message at all. What is
+# new goes into `DataPart`.
 
 
 class TextPart(Struct, tag_field="type", tag="text", omit_defaults=True):
@@ -448,8 +451,25 @@ _tags = frozenset(
 
 
 def encode(event: KnownEvent) -> bytes:
-    """Return the event's JSON, as it is stored. Fields at their default are left out."""
-    return _encoder.encode(event)
+    """Return the event's JSON, as it is stored. Fields at their default are left out.
+
+    Raises:
+        InvalidInput: A field holds what JSON cannot, a lone surrogate included.
+    """
+    try:
+        return _encoder.encode(event)
+    except (TypeError, ValueError, OverflowError, RecursionError) as error:
+        raise InvalidInput(f"this {event.type} cannot be JSON: {error}") from error
+
+
+def mend(event: OutputEvent) -> bytes:
+    """`encode`, but a lone surrogate, which a model may well produce and which is no text, becomes a question mark."""
+    try:
+        return _encoder.encode(event)
+    except UnicodeEncodeError:
+        return json.dumps(msgspec.to_builtins(event), ensure_ascii=False).encode("utf-8", "replace")
+    except (TypeError, ValueError, OverflowError, RecursionError):
+        return encode(event)
 
 
 def decode(body: bytes) -> AnyEvent:
@@ -460,10 +480,10 @@ def decode(body: bytes) -> AnyEvent:
     """
     try:
         return _decoder.decode(body)
-    except msgspec.MsgspecError as error:
+    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
         try:
             tag = _tag_decoder.decode(body).type
-        except msgspec.MsgspecError:
+        except (msgspec.MsgspecError, UnicodeDecodeError):
             raise InvalidInput(f"not an event (a JSON object with a type): {error}") from error
         if tag in _tags:
             raise InvalidInput(f"not a valid {tag} event: {error}") from error
@@ -472,12 +492,12 @@ def decode(body: bytes) -> AnyEvent:
 
 def split(event: OutputEvent, limit: int) -> list[bytes]:
     """Return the event's records: its JSON, or `Chunk` records of at most ``limit`` bytes where it is larger."""
-    body = encode(event)
+    body = mend(event)
     if len(body) <= limit:
         return [body]
     # A chunk's data is a JSON string inside JSON: an escape can cost six bytes for one, so slices are measured.
     text = body.decode()
-    room = limit - 512
+    room = max(limit - 512, 512)
     pieces: list[str] = []
     start = 0
     while start < len(text):

@@ -14,6 +14,7 @@ import logging
 import random
 import ssl
 from collections.abc import Awaitable, Callable
+from typing import Any
 from urllib.parse import urlsplit, urlunsplit
 
 import anyio
@@ -25,6 +26,7 @@ from nats.aio.msg import Msg
 from nats.aio.subscription import Subscription
 from nats.errors import ConnectionClosedError, ConnectionDrainingError, OutboundBufferLimitError
 from nats.errors import Error as NatsError
+from nats.protocol.command import hpub_cmd  # pyright: ignore[reportUnknownVariableType]
 
 from agentrun.errors import Misconfigured, Unavailable
 
@@ -83,6 +85,25 @@ def status(msg: Msg) -> str:
     """The status of a message that carries no data (``404``, ``503``, ``100`` …), else an empty string."""
     headers = msg.headers
     return headers.get("Status", "") if headers and not msg.data else ""
+
+
+async def _public_publish_block(client: Client, subject: str, reply: str, block: bytes, body: bytes) -> None:
+    lines = block.decode("ascii").split("\r\n")[1:-2]
+    await client.publish(subject, body, reply, dict(line.split(": ", 1) for line in lines))
+
+
+async def _quick_publish_block(client: Any, subject: str, reply: str, block: bytes, body: bytes) -> None:
+    # What Client.publish does with headers, without checking and encoding each: 2 µs instead of 10.
+    await client._send_command(hpub_cmd(subject, reply, block, body))
+    if client._flush_queue.empty():
+        await client._flush_pending()
+
+
+_publish_block = (
+    _quick_publish_block
+    if all(hasattr(Client, name) for name in ("_send_command", "_flush_pending"))
+    else _public_publish_block
+)
 
 
 class Link:
@@ -197,23 +218,26 @@ class Link:
 
     # ----------------------------------------------------------------------------------------- primitives
 
-    async def publish(
-        self, subject: str, body: bytes = b"", *, reply: str = "", headers: dict[str, str] | None = None
-    ) -> None:
-        """Send a message; does not suspend.
+    async def publish(self, subject: str, body: bytes = b"", *, reply: str = "", block: bytes = b"") -> None:
+        """Send a message; does not suspend. ``block`` is its header block, with the version line and the empty line.
 
         Raises:
             NotConnected: There is no connection now.
         """
+        if block:
+            if not self.client.is_connected:
+                raise NotConnected(self.name)
+            await _publish_block(self.client, subject, reply, block, body)
+            return
         try:
-            await self.client.publish(subject, body, reply, headers)
+            await self.client.publish(subject, body, reply)
         except (OutboundBufferLimitError, ConnectionClosedError, ConnectionDrainingError):
             raise NotConnected(self.name) from None
 
     async def subscribe(self, subject: str, callback: Callable[[Msg], Awaitable[None]]) -> Subscription:
         """Have ``callback`` called for messages on the subject, one after the other; it must not take long."""
         try:
-            return await self.client.subscribe(subject, cb=callback)
+            return await self.client.subscribe(subject, cb=callback)  # pyright: ignore[reportUnknownMemberType]
         except ConnectionClosedError:
             raise Unavailable(self.gone) from None
 
@@ -237,9 +261,7 @@ class Link:
         if slot is not None:
             slot(msg)
 
-    async def exchange(
-        self, subject: str, body: bytes, *, timeout: float, headers: dict[str, str] | None = None
-    ) -> Msg | None:
+    async def exchange(self, subject: str, body: bytes, *, timeout: float, block: bytes = b"") -> Msg | None:
         """Send a request and return its reply, or None when none came in time or the connection was lost.
 
         Raises:
@@ -256,15 +278,13 @@ class Link:
         self._slots[token] = settle
         timer = loop.call_later(timeout, settle, None)
         try:
-            await self.publish(subject, body, reply=f"{self._inbox}.{token}", headers=headers)
+            await self.publish(subject, body, reply=f"{self._inbox}.{token}", block=block)
             return await future
         finally:
             timer.cancel()
             del self._slots[token]
 
-    async def collect(
-        self, subject: str, body: bytes, *, timeout: float, headers: dict[str, str] | None = None
-    ) -> tuple[list[Msg], Msg | None]:
+    async def collect(self, subject: str, body: bytes, *, timeout: float) -> tuple[list[Msg], Msg | None]:
         """Send a request and return all replies up to one with a status, and that one; None: it did not come.
 
         Raises:
@@ -284,7 +304,7 @@ class Link:
         self._slots[token] = add
         timer = loop.call_later(timeout, add, None)
         try:
-            await self.publish(subject, body, reply=f"{self._inbox}.{token}", headers=headers)
+            await self.publish(subject, body, reply=f"{self._inbox}.{token}")
             return replies, await future
         finally:
             timer.cancel()

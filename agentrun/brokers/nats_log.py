@@ -8,6 +8,7 @@ import random
 import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import AbstractAsyncContextManager
+from functools import lru_cache
 from typing import NamedTuple
 
 import anyio
@@ -42,16 +43,26 @@ class _Ack(Struct, frozen=True):
 _decode_ack = msgspec.json.Decoder(_Ack).decode
 
 
+@lru_cache(1024)
+def _pending_text(pending: Pending) -> str:
+    text = str(pending)
+    if len(text) > HEADROOM - 1500:
+        raise TooLarge(len(text), HEADROOM - 1500, "list of pending inputs")
+    return text
+
+
 class _Append(NamedTuple):
     """One append, as it is sent; every try sends the same bytes, so that at most one of them can be stored."""
 
     session: str
     route: Route
     subject: str
-    headers: dict[str, str]
+    block: bytes
+    writer: str
     body: bytes
     after: Tail
-    end: Tail
+    kind: Kind
+    pending: Pending
     dedupe: str | None
 
 
@@ -94,7 +105,7 @@ class NatsLog:
                 raise Unavailable(f"no outcome of an append to session {session} in {timeout} s: {self._why()}")
             try:
                 reply = await self._core.appends.exchange(
-                    call.subject, call.body, timeout=min(wait, left), headers=call.headers
+                    call.subject, call.body, timeout=min(wait, left), block=call.block
                 )
             except NotConnected:
                 if self._core.appends.client.is_closed:
@@ -123,20 +134,6 @@ class NatsLog:
     ) -> _Append:
         layout = self._core.found
         route = self._core.route(session)
-        headers = {
-            EXPECTED: str(after.cursor),
-            EXPECTED_SUBJECT: route.all,
-            OFFSET: str(after.next),
-            WRITER: f"{self._writer}-{next(self._calls):x}",
-        }
-        if pending:
-            headers[PENDING] = str(pending)
-        if kind is Kind.DELTA:
-            headers["Nats-TTL"] = layout.ttl_header
-        if dedupe is not None:
-            if not (0 < len(dedupe) <= 256 and dedupe.isascii() and dedupe.isprintable()):
-                raise InvalidInput(f"a dedupe key is 1 to 256 printable ASCII characters, not {dedupe[:80]!r}")
-            headers["Nats-Msg-Id"] = f"{session}:{dedupe}"
         subject = f"{route.base}.{kind.value}"
         if kind is Kind.TURN:
             if agent is None:
@@ -144,10 +141,26 @@ class NatsLog:
             subject = f"{subject}.{check_id('agent', agent)}"
         if len(body) > layout.max_body:
             raise TooLarge(len(body), layout.max_body)
-        if pending and len(headers[PENDING]) > HEADROOM - 1500:
-            raise TooLarge(len(headers[PENDING]), HEADROOM - 1500, "list of pending inputs")
-        end = Tail(after.next, pending, 0, 0.0, 0, kind)
-        return _Append(session, route, subject, headers, body, after, end, dedupe)
+        writer = f"{self._writer}-{next(self._calls):x}"
+        # By hand, since this runs for every token.
+        block = (
+            f"NATS/1.0\r\n{EXPECTED}: {after.cursor}\r\n{EXPECTED_SUBJECT}: {route.all}\r\n"
+            f"{OFFSET}: {after.next}\r\n{WRITER}: {writer}\r\n"
+        )
+        if pending:
+            block += f"{PENDING}: {_pending_text(pending)}\r\n"
+        if kind is Kind.DELTA:
+            block += f"Nats-TTL: {layout.ttl_header}\r\n"
+        if dedupe is not None:
+            if not (0 < len(dedupe) <= 256 and dedupe.isascii() and dedupe.isprintable() and dedupe.strip() == dedupe):
+                raise InvalidInput(f"a dedupe key is 1 to 256 printable ASCII characters, not {dedupe[:80]!r}")
+            block += f"Nats-Msg-Id: {session}:{dedupe}\r\n"
+        encoded = f"{block}\r\n".encode("ascii")
+        return _Append(session, route, subject, encoded, writer, body, after, kind, pending, dedupe)
+
+    def _stored(self, call: _Append, seq: int) -> Tail:
+        # The time is our reading of the server's clock; the record's own is in it for whoever reads it.
+        return Tail(call.after.next, call.pending, seq, self._core.now(), 0, call.kind)
 
     async def _check_age(self, call: _Append) -> None:
         # D9: compare-and-set cannot see deltas that were stored after this end and have expired. An end that is old
@@ -158,11 +171,6 @@ class NatsLog:
         tail = await self._reader.tail(call.route, leader=True)
         if tail.cursor == after.cursor and tail.lost - after.lost > (ttl - 1) * 1000:
             raise Conflict(f"deltas may have been stored behind offset {after.offset}, and have expired", tail)
-
-    def _stored(self, call: _Append, seq: int) -> Tail:
-        # The time is our reading of the server's clock; the record's own is in it for whoever reads it.
-        end = call.end
-        return Tail(end.offset, end.pending, seq, self._core.now(), 0, end.kind)
 
     async def _outcome(self, call: _Append, reply: Msg | None, doubt: bool) -> Tail | None:
         """The new end, or None: send it again (or for the first time)."""
@@ -185,7 +193,7 @@ class NatsLog:
         first = await self._reader.get(call.route, {"seq": seq}, leader=True)
         if first is None:
             raise SessionGone(f"{call.dedupe!r} was stored in session {call.session}, and deleted since")
-        if first.headers.get(WRITER) == call.headers[WRITER]:
+        if first.headers.get(WRITER) == call.writer:
             return self._stored(call, seq)
         raise Duplicate(call.dedupe, first.offset)
 
@@ -193,7 +201,7 @@ class NatsLog:
         if doubt:
             query = {"seq": call.after.cursor + 1, "next_by_subj": call.route.all}
             first = await self._reader.get(call.route, query, leader=True)
-            if first is not None and first.headers.get(WRITER) == call.headers[WRITER]:
+            if first is not None and first.headers.get(WRITER) == call.writer:
                 return self._stored(call, first.seq)
         tail = await self._reader.tail(call.route, leader=True)
         if tail.cursor == call.after.cursor and tail.offset == call.after.offset:

@@ -61,13 +61,13 @@ def spread(name: str, values: Sequence[float], *, unit: str = "ms") -> dict[str,
 
 
 def machine(url: str | None) -> dict[str, Any]:
-    """What the figures were measured on."""
+    """What the figures are measured on."""
     server = url or subprocess.run([find_nats_server(), "--version"], capture_output=True, text=True, check=True).stdout  # noqa: S603
     return {
         "cores": len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count(),
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.machine()}",
-        "server": server.strip(),
+        "server": server.strip().replace(": v", " "),
         "load": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
     }
 
@@ -76,7 +76,7 @@ def show_machine(console: Console, machine: dict[str, Any]) -> None:
     """Print the line about the machine."""
     console.print(
         f"[dim]{machine['cores']} cores, Python {machine['python']}, {machine['system']}, {machine['server']}, "
-        f"load {machine['load']} before; one figure of one run, expect ±20 %[/dim]"
+        f"load {machine['load']}; one run, expect ±20 %[/dim]"
     )
 
 

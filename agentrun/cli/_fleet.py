@@ -22,24 +22,15 @@ from agentrun.broker import BrokerAdmin
 from agentrun.brokers.server import NatsServer
 from agentrun.client import Client
 from agentrun.errors import Misconfigured, Unavailable
-from agentrun.wire import TurnStarted
 from agentrun.worker import WORKERS, WorkerInfo
 
 _START = 60.0
 _END = 10.0
 
-# The command in a child that ends when its parent does, whatever way that dies: its end of the pipe closes.
-_CHILD = """
-import os, threading
-threading.Thread(target=lambda: (os.read(0, 1), os._exit(1)), daemon=True).start()
-from agentrun.cli import main
-main()
-"""
-
 
 def command(*arguments: str) -> list[str]:
-    """An agentrun command, as the arguments of a process that ends when its standard input is closed."""
-    return [sys.executable, "-c", _CHILD, *arguments]
+    """An agentrun command, as the arguments of a process."""
+    return [sys.executable, "-m", "agentrun", *arguments]
 
 
 class Place(Struct, frozen=True):
@@ -54,6 +45,13 @@ class Place(Struct, frozen=True):
         """The same, for a command line."""
         return ["--url", self.url, "--namespace", self.namespace]
 
+    async def setup(self) -> Self:
+        """Set up what is missing there."""
+        async with brokers.connect(self.url, namespace=self.namespace, check=False) as broker:
+            if isinstance(broker, BrokerAdmin):
+                await broker.setup()
+        return self
+
 
 @asynccontextmanager
 async def open_place(url: str | None, namespace: str) -> AsyncGenerator[Place]:
@@ -65,19 +63,11 @@ async def open_place(url: str | None, namespace: str) -> AsyncGenerator[Place]:
     """
     if url is None:
         async with NatsServer() as server:
-            await _setup(server.url, namespace)
-            yield Place(server.url, namespace, server.pid)
+            yield await Place(server.url, namespace, server.pid).setup()
     else:
         if url.startswith("memory:"):
             raise Misconfigured("a memory broker lives in one process; this needs one that processes share: nats://…")
-        await _setup(url, namespace)
-        yield Place(url, namespace)
-
-
-async def _setup(url: str, namespace: str) -> None:
-    async with brokers.connect(url, namespace=namespace, check=False) as broker:
-        if isinstance(broker, BrokerAdmin):
-            await broker.setup()
+        yield await Place(url, namespace).setup()
 
 
 class Fleet:
@@ -101,7 +91,11 @@ class Fleet:
         env: Mapping[str, str] | None = None,
     ) -> None:
         self.place = place
-        self._arguments = ["worker", agent, *place.options, "--lease", f"{lease:g}", "--concurrency", f"{concurrency}"]
+        # With us, however we die, go the workers: --while-stdin.
+        self._command = command(
+            "worker", agent, *place.options, "--while-stdin", "--drain", "0",
+            "--lease", f"{lease:g}", "--concurrency", f"{concurrency}",
+        )  # fmt: skip
         self._env = {**os.environ, **(env or {})}
         self._processes: dict[int, subprocess.Popen[bytes]] = {}
         self._log: IO[bytes] | None = None
@@ -117,11 +111,8 @@ class Fleet:
 
     async def __aexit__(self, *exc: object) -> None:
         with anyio.CancelScope(shield=True):
-            for number in (signal.SIGTERM, signal.SIGTERM):
-                # The second one: do not wait for turns.
-                for process in self._processes.values():
-                    process.send_signal(number)
-                await anyio.sleep(0.05)
+            for process in self._processes.values():
+                process.send_signal(signal.SIGTERM)
             for process in self._processes.values():
                 await anyio.to_thread.run_sync(_wait, process)
         self._processes.clear()
@@ -135,27 +126,28 @@ class Fleet:
             Misconfigured: One ended instead; the message says what it said.
             Unavailable: They did not report within a minute.
         """
-        new: set[int] = set()
-        for _ in range(count):
-            process = subprocess.Popen(  # noqa: S603 - our own arguments
-                command(*self._arguments),
-                stdin=subprocess.PIPE,
-                stdout=self._log,
-                stderr=self._log,
-                env=self._env,
-                start_new_session=True,
-            )
-            self._processes[process.pid] = process
-            new.add(process.pid)
+        new = {self._spawn() for _ in range(count)}
         with anyio.move_on_after(_START):
             while True:
                 if ended := [pid for pid in new if self._processes[pid].poll() is not None]:
                     raise Misconfigured(f"worker {ended[0]} ended at once: {self.said()}")
-                found = [worker for worker in await _workers(client) if worker.pid in new]
+                found = [worker for worker in await self.workers(client) if worker.pid in new]
                 if len(found) == count:
                     return found
                 await anyio.sleep(0.05)
         raise Unavailable(f"the workers did not start within {_START:g} s: {self.said()}")
+
+    def _spawn(self) -> int:
+        process = subprocess.Popen(  # noqa: S603 - our own arguments
+            self._command,
+            stdin=subprocess.PIPE,
+            stdout=self._log,
+            stderr=self._log,
+            env=self._env,
+            start_new_session=True,
+        )
+        self._processes[process.pid] = process
+        return process.pid
 
     def kill(self, pid: int) -> None:
         """End a worker as a crash would."""
@@ -164,21 +156,17 @@ class Fleet:
         process.wait()
         _close(process)
 
+    async def workers(self, client: Client) -> list[WorkerInfo]:
+        """What the workers say of themselves, those that answer."""
+        replies = await client.broker.signals.gather(WORKERS, b"", wait=0.2)
+        found = [msgspec.json.decode(reply, type=WorkerInfo) for reply in replies]
+        return [worker for worker in found if worker.pid in self._processes]
+
     def said(self) -> str:
         """The last words of the workers."""
         assert self._log is not None
         self._log.seek(0)
         return self._log.read().decode(errors="replace").strip()[-1000:]
-
-
-async def _workers(client: Client) -> list[WorkerInfo]:
-    replies = await client.broker.signals.gather(WORKERS, b"", wait=0.2)
-    return [msgspec.json.decode(reply, type=WorkerInfo) for reply in replies]
-
-
-def runner_of(started: TurnStarted, workers: Sequence[WorkerInfo]) -> WorkerInfo:
-    """The worker that runs an attempt."""
-    return next(worker for worker in workers if worker.worker == started.worker)
 
 
 def _wait(process: subprocess.Popen[bytes]) -> None:

@@ -29,14 +29,15 @@ lost, a connection breaks, the broker restarts). ::
 That gives one test per check, such as ``test_promise[Q2_nacked_turn_is_not_overtaken]``. No pytest plugin is needed,
 and `run_contract` does the same without pytest. A capability declared False is checked as well: for what happens then.
 
-`MemoryBroker` needs no mocks beside it: it is a broker and passes the suite. `FaultyBroker` wraps any broker and loses
-answers, connections and heartbeats by plan or by chance; `LossyProxy` does so to a real connection. `MUTANTS` are
-brokers that each break one promise: the suite must catch every one.
+`agentrun.brokers.memory.MemoryBroker` is a broker as well and passes the suite: tests of your program can use it, and
+need no mock. `FaultyBroker` wraps any broker and loses answers, heartbeats and the connection, by plan or by chance.
+`MUTANTS` (in `agentrun.testing.mutants`) are brokers that each break one promise: the suite catches every one.
 """
 
 from agentrun.testing.contract import CHECKS, BrokerContract, Outcome, run_check, run_contract
 from agentrun.testing.contract_base import Check, ContractBroken, Environment, Environments, Settings
 from agentrun.testing.environments import MemoryEnvironment, memory_environments
+from agentrun.testing.faults import Faults, FaultyBroker
 
 __all__ = [
     "CHECKS",
@@ -45,6 +46,8 @@ __all__ = [
     "ContractBroken",
     "Environment",
     "Environments",
+    "Faults",
+    "FaultyBroker",
     "MemoryEnvironment",
     "Outcome",
     "Settings",

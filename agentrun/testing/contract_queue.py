@@ -232,6 +232,7 @@ async def operator_sees_queues(env: Environment) -> None:
         stats = {s.agent: s for s in await broker.stats()}
         expect(AGENT in stats, f"stats() must tell of every open queue: {stats}")
         mine = stats[AGENT]
-        counts = (mine.waiting, mine.leased, mine.lease_ttl)
-        wanted = (2, 1, broker.capabilities.lease_ttl)
-        expect(counts == wanted, f"(waiting, leased, lease_ttl) must be {wanted}: {counts}")
+        # A broker may count an input that was given out and handed back on either side.
+        expect(mine.waiting + mine.leased == 3 and mine.leased >= 1, f"three inputs, one of them leased: {mine}")
+        ttl = broker.capabilities.lease_ttl
+        expect(mine.lease_ttl == ttl, f"stats() must give the lease time, {ttl} s: {mine}")

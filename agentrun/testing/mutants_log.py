@@ -12,6 +12,7 @@ from msgspec import structs
 
 from agentrun.broker import Kind, Record, Tail
 from agentrun.brokers.memory_state import Append, MemoryState, StoredSession
+from agentrun.errors import Duplicate
 from agentrun.testing.environments import LossyLog
 from agentrun.testing.mutants_base import Mutant, Parts, mutant
 
@@ -80,17 +81,15 @@ class IgnoresKeys(Parts):
 
 
 @mutant(MUTANTS, "L4_repeated_input_is_a_duplicate")
-class ComparesBeforeItLooksForTheKey(Parts):
-    """Answers a repeated input with Conflict when the end is out of date."""
+class NamesTheEndAsTheFirst(Parts):
+    """Says of a repeated input that it is stored at the session's end."""
 
     class State(MemoryState):
         def _check_key(self, session: StoredSession, key: str | None) -> None:
-            pass
-
-        def append(self, wanted: Append, token: object) -> Tail:
-            self._check_end(wanted, self.session(wanted.session).end)
-            super()._check_key(self.session(wanted.session), wanted.dedupe)
-            return super().append(wanted, token)
+            try:
+                super()._check_key(session, key)
+            except Duplicate as error:
+                raise Duplicate(error.key, session.end.offset) from None
 
 
 class _OwnFollow(LossyLog):

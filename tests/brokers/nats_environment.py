@@ -147,7 +147,9 @@ class NatsEnvironment(Environment):
             if kept:
                 request["seq"] = kept[0].cursor
             reply = await broker.connection.request(
-                f"$JS.API.STREAM.PURGE.{stream_name(self.namespace, partition)}", json.dumps(request).encode(), timeout=5
+                f"$JS.API.STREAM.PURGE.{stream_name(self.namespace, partition)}",
+                json.dumps(request).encode(),
+                timeout=5,
             )
             assert json.loads(reply.data)["success"]
 

@@ -82,9 +82,7 @@ class Owner:
         return await self.append(event, Pending.park)
 
     async def end(self, cls: Callable[..., Any] = wire.TurnCompleted, *settles: int, **fields: Any) -> int:
-        event = cls(
-            turn=self.turn, attempt=self.attempt, turn_offset=self.at, message=message(self.text), **fields
-        )
+        event = cls(turn=self.turn, attempt=self.attempt, turn_offset=self.at, message=message(self.text), **fields)
         return await self.append(event, lambda pending: pending.settle(self.at, *settles))
 
     async def run(self, turn: str, at: int, *texts: str) -> int:

@@ -164,9 +164,7 @@ async def test_a_sender_gets_in_beside_a_talking_owner(session: Session, owner: 
     assert first.offset == 1
 
 
-@pytest.mark.parametrize(
-    ("policy", "flag"), [("enqueue", ""), ("steer", ""), ("interrupt", "w"), ("rollback", "w")]
-)
+@pytest.mark.parametrize(("policy", "flag"), [("enqueue", ""), ("steer", ""), ("interrupt", "w"), ("rollback", "w")])
 async def test_policies_ride_on_the_turn_and_wake_what_they_stop(
     broker: MemoryBroker, session: Session, policy: wire.OnBusy, flag: str
 ) -> None:
@@ -214,7 +212,7 @@ async def test_a_full_queue_refuses_new_turns_but_knows_old_ones(broker: MemoryB
         ({"deadline": -1}, "has passed"),
         ({"deadline": 0}, "has passed"),
         ({"deadline": float("nan")}, "has passed"),
-        ({"deadline": datetime(2100, 1, 1)}, "timezone"),  # noqa: DTZ001
+        ({"deadline": datetime(2100, 1, 1)}, "timezone"),
         ({"input": object()}, "cannot be JSON"),
         ({"input": {(1, 2): 3}}, "JSON"),
         ({"input": "\ud800"}, "cannot be JSON"),
@@ -305,8 +303,7 @@ async def test_a_turn_s_events_span_its_attempts_and_come_live(session: Session,
     seen: list[str] = []
 
     async def read() -> None:
-        async for event in turn.events():
-            seen.append(event.type)
+        seen.extend([event.type async for event in turn.events()])
 
     with anyio.fail_after(5):
         async with anyio.create_task_group() as group:

@@ -92,6 +92,7 @@ def test_tools() -> None:
     assert built(*streamed) == [ToolPart("1", "f", input_text='{"a":1}'), ToolPart("2", "g", input_text="{}")]
     called = [*streamed, wire.ToolCall(call="1", name="f", input={"a": 1}), wire.ToolProgress(call="1", data=0.5)]
     assert built(*called) == [ToolPart("1", "f", {"a": 1}), ToolPart("2", "g", input_text="{}")]
+    assert built(*called, wire.ToolInputDelta(call="1", text="late")) == built(*called)
     settled = [*called, wire.ToolResult(call="1", output=None), wire.ToolResult(call="2", error="no")]
     assert built(*settled) == [ToolPart("1", "f", {"a": 1}, None), ToolPart("2", "g", error="no", input_text="{}")]
 

@@ -1,0 +1,109 @@
+"""``agentrun setup`` and ``agentrun status``: what an operator does."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+import msgspec
+
+from agentrun import brokers
+from agentrun.broker import BrokerAdmin, QueueStats
+from agentrun.brokers.nats_layout import Streams
+from agentrun.cli.common import DURATION, App, Fatal, command, json_option, option
+from agentrun.cli.lines import columns
+from agentrun.worker import WORKERS, WorkerInfo
+
+
+@command("setup")
+@option("--partitions", type=click.IntRange(1, 64), help="Streams the sessions are spread over; final. Default 1.")
+@option("--replicas", type=click.Choice(["1", "3", "5"]), help="Servers each stream is stored on. Default 1.")
+@option("--delta-ttl", type=DURATION, help="How long tokens stay beside the messages they add up to. Default 1h.")
+@option("--max-age", type=DURATION, help="After what time every record is removed; 0 keeps them. Default 0.")
+@option("--dedupe-window", type=DURATION, help="For how long the id of an input is remembered. Default 2h.")
+@option("--dry-run", is_flag=True, help="Only say what would be done.")
+@json_option
+async def setup(
+    app: App,
+    partitions: int | None,
+    replicas: str | None,
+    delta_ttl: float | None,
+    max_age: float | None,
+    dedupe_window: float | None,
+    dry_run: bool,
+    as_json: bool,
+) -> None:
+    """Create or update what the namespace needs at the broker. Done again it changes nothing.
+
+    What is not given stays as it is, or gets the default where there is nothing yet.
+    """
+    app.log("error")
+    streams = Streams(
+        partitions=partitions,
+        replicas=None if replicas is None else int(replicas),
+        max_age=max_age,
+        dedupe_window=dedupe_window,
+        delta_ttl=delta_ttl,
+    )
+    done = await set_up(app.url, app.namespace, streams, dry_run=dry_run)
+    if as_json:
+        click.echo(msgspec.json.encode({"dry_run": dry_run, "done": done}))
+        return
+    for line in done:
+        click.echo(f"would {line}" if dry_run else line)
+    if not done:
+        click.echo(f"namespace {app.namespace} is set up as asked, nothing to do")
+
+
+async def set_up(url: str, namespace: str, streams: Streams, *, dry_run: bool = False) -> list[str]:
+    """Connect to where nothing may be yet, and make what is needed."""
+    if url.startswith("memory:"):
+        raise Fatal("a broker in memory needs no setup", 2)
+    async with brokers.connect(url, namespace=namespace, check=False, streams=streams) as broker:
+        assert isinstance(broker, BrokerAdmin)
+        return await broker.setup(dry_run=dry_run)
+
+
+@command("status")
+@option("--wait", type=DURATION, default=0.5, show_default="500ms", help="How long workers get to answer.")
+@json_option
+async def status(app: App, wait: float, as_json: bool) -> None:
+    """Show the agents' queues, the workers that answer, and the turns they run."""
+    async with app.client() as client:
+        broker = client.broker
+        queues = list(await broker.stats()) if isinstance(broker, BrokerAdmin) else []
+        replies = await broker.signals.gather(WORKERS, b"", wait=wait)
+    workers = sorted((msgspec.json.decode(reply, type=WorkerInfo) for reply in replies), key=lambda w: w.worker)
+    if as_json:
+        click.echo(msgspec.json.encode({"namespace": app.namespace, "agents": queues, "workers": workers}))
+        return
+    for title, lines in _tables(queues, workers):
+        click.echo(click.style(title, bold=True))
+        for line in lines:
+            click.echo(f"  {line}")
+
+
+def _tables(queues: list[QueueStats], workers: list[WorkerInfo]) -> list[tuple[str, list[str]]]:
+    running: list[tuple[Any, ...]] = [
+        (turn.session, turn.turn, turn.agent, turn.attempt, f"{turn.seconds:.1f}s", worker.worker)
+        for worker in workers
+        for turn in worker.running
+    ]
+    tables = (
+        (
+            "agents",
+            ("agent", "waiting", "leased", "lease"),
+            [(q.agent, q.waiting, q.leased, f"{q.lease_ttl:g}s") for q in queues],
+        ),
+        (
+            "workers",
+            ("worker", "host", "pid", "agents", "busy", "state"),
+            [(w.worker, w.host, w.pid, ",".join(w.agents), f"{len(w.running)}/{w.slots}", _state(w)) for w in workers],
+        ),
+        ("running turns", ("session", "turn", "agent", "attempt", "age", "worker"), running),
+    )
+    return [(title, columns(header, rows) if rows else ["none"]) for title, header, rows in tables]
+
+
+def _state(worker: WorkerInfo) -> str:
+    return "draining" if worker.draining else "up"

@@ -1,0 +1,90 @@
+"""Events, parts and tables, in a line each."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import msgspec
+
+from agentrun import wire
+from agentrun.client import Event
+
+__all__ = ["columns", "describe", "event_line", "input_text", "question_text", "short"]
+
+_WIDTH = 160
+
+
+def describe(item: Any) -> str:
+    """A message's part, or the event it came from, in a line."""
+    match item:
+        case wire.ToolPart():
+            call = f"⚙ {item.name}({short('' if wire.is_unset(item.input) else item.input)})"
+            if not item.settled:
+                return call
+            return f"{call} → {f'error: {item.error}' if item.error is not None else short(item.output)}"
+        case wire.ToolCall():
+            return f"⚙ {item.name}({short(item.input)})"
+        case wire.ToolResult():
+            return f"  → error: {item.error}" if item.error is not None else f"  → {short(item.output)}"
+        case wire.Data() | wire.DataPart():
+            return f"[{item.name}] {short(item.data)}"
+        case wire.Source() | wire.SourcePart():
+            return f"source: {item.title or ''} {item.url}"
+        case wire.File() | wire.FilePart():
+            return f"file: {item.name or ''} {item.url}"
+        case wire.ReasoningPart():
+            return short(item.text)
+        case _:
+            return short(item)
+
+
+def short(value: Any) -> str:
+    """Text, or JSON, cut to a line."""
+    text = value if isinstance(value, str) else msgspec.json.encode(value).decode()
+    text = text.replace("\n", "⏎")
+    return text if len(text) <= _WIDTH else text[: _WIDTH - 1] + "…"
+
+
+def question_text(question: wire.InputRequired) -> str:
+    """What is asked, and how to answer."""
+    prompt = question.prompt or (f"run {question.tool}" if question.tool else "")
+    match question.kind:
+        case "approval":
+            return f"{prompt or 'Approve?'} [y/n]"
+        case "choice":
+            choices = ", ".join(f"{i}) {choice}" for i, choice in enumerate(question.choices or (), 1))
+            return f"{prompt} {choices}".strip()
+        case "tool":
+            return f"{prompt} {'' if wire.is_unset(question.input) else short(question.input)} [JSON]".strip()
+        case "text":
+            return prompt
+
+
+def input_text(value: Any) -> str:
+    match value:
+        case {"content": str(content)}:
+            return content
+        case str():
+            return value
+        case _:
+            return short(value)
+
+
+def columns(header: Sequence[str], rows: Sequence[Sequence[object]]) -> list[str]:
+    """A table as lines, nothing cut off."""
+    cells = [list(header), *([str(value) for value in row] for row in rows)]
+    widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
+    return ["  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip() for row in cells]
+
+
+def event_line(event: Event) -> bytes:
+    """The event as a line of JSON, its own JSON as it was stored."""
+    body = event.raw.replace(b"\n", b" ").replace(b"\r", b" ")
+    key = b"event"
+    if isinstance(event.data, wire.UnknownEvent):
+        try:
+            msgspec.json.decode(body)
+        except (msgspec.DecodeError, UnicodeDecodeError):
+            key, body = b"undecodable", msgspec.json.encode(event.raw.decode(errors="replace"))
+    return b'{"offset":%d,"time":%s,"%s":%s}\n' % (event.offset, repr(event.time).encode(), key, body)
