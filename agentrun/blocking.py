@@ -42,9 +42,13 @@ class _Loop:
         self._closed = False
 
     def call(self, function: Callable[P, Coroutine[Any, Any, R]], *args: P.args, **kwargs: P.kwargs) -> R:
+        if self._closed:
+            raise RuntimeError("the client is closed")
         future = self._portal.start_task_soon(functools.partial(function, *args, **kwargs))
         self._waiting.add(future)
         try:
+            if self._closed:
+                future.cancel()  # `close` may have looked just before it was added
             return future.result()
         except BaseException:
             # Ctrl-C in the caller's thread must not leave the call running.

@@ -325,6 +325,8 @@ class SessionLog(Protocol):
         """Records above ``after``: what is stored, then live ones as they are stored, for ever.
 
         They come in lists of at least one. ``cursor`` may be that of the record at ``after``, which spares the search.
+        The context may be iterated and left by other tasks than the one that entered it, so that an iterator that was
+        abandoned can be closed by the event loop.
 
         Raises:
             SessionGone: From the iterator: the session was deleted.

@@ -11,10 +11,10 @@ from msgspec import Struct
 class Cause(enum.IntEnum):
     """Why a turn's agent is stopped; a higher cause overrides a lower one until the turn has ended."""
 
-    SUSPEND = 1
-    """It waits for an answer; slot and lease are given back."""
-    DRAIN = 2
+    DRAIN = 1
     """The worker shuts down and hands the turn over."""
+    SUSPEND = 2
+    """It waits for an answer; slot and lease are given back."""
     DEADLINE = 3
     """Its time is over."""
     INTERRUPT = 4
@@ -26,14 +26,18 @@ class Cause(enum.IntEnum):
     FENCED = 7
     """Another owner took the session over; nothing more can be said."""
 
+    @property
+    def ends(self) -> bool:
+        """Whether the turn has ended by it; else another attempt follows."""
+        return Cause.DEADLINE <= self <= Cause.CANCEL
+
 
 class Stop(Struct, frozen=True):
-    """One request to stop. ``until`` is the time, in seconds since the epoch, a suspended turn waits at most."""
+    """One request to stop."""
 
     cause: Cause
     by: str | None = None
     reason: str | None = None
-    until: float | None = None
 
 
 class StopSwitch:

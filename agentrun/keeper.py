@@ -91,7 +91,11 @@ class Keeper:
         with self._lock:
             leases = list(self._leases)
         for lease in leases:
-            lease.extend()
+            try:
+                lease.extend()
+            except Exception:
+                # One lease that cannot be extended must not cost the others.
+                log.exception("the lease of session %s could not be extended", lease.session)
 
     def _say_blocked(self, seconds: float) -> None:
         self.blocked += 1

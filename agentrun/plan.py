@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
 from msgspec import Struct
 
 from agentrun import wire
-from agentrun.broker import Pending, Record
+from agentrun.broker import Kind, Pending, Record
 from agentrun.errors import InvalidInput
 from agentrun.history import History, TurnView
+from agentrun.inputs import check_answer
 
 _CLOCK_SLACK = 0.05
 """Seconds by which the broker's timers may be early against this machine's clock."""
+
+
+OVERDUE = "its deadline passed"
+"""Why a turn expired that had not ended in the time its sender gave it."""
 
 
 class Drop(Struct, frozen=True):
@@ -43,8 +49,16 @@ Action = Drop | HandBack | Write | Run
 
 
 def settles(turn: TurnView, pending: Pending, history: History) -> tuple[int, ...]:
-    """Return the offsets of the pending inputs that end with the turn: its request, and answers and stops for it."""
-    return tuple(e.offset for e in pending if e.offset == turn.offset or history.answered_by(e.offset) is turn)
+    """Return the offsets of the pending inputs that end with the turn: its request, and answers and stops for it.
+
+    Not among them are answers of no use: each is refused, with its reason, when it is leased.
+    """
+    return tuple(
+        e.offset
+        for e in pending
+        if e.offset == turn.offset
+        or (history.answered_by(e.offset) is turn and (turn.stop is not None or unfit(history, e.offset) is None))
+    )
 
 
 def terminal_fields(turn: TurnView) -> dict[str, Any]:
@@ -75,6 +89,41 @@ def stopped(history: History) -> Iterator[TurnView]:
             yield turn
 
 
+def input_of(record: Record) -> wire.InputEvent:
+    """Return the event of a record that anyone may have appended.
+
+    Raises:
+        InvalidInput: It is none, or one that has no place in a record of its kind.
+    """
+    event = wire.decode(record.body)
+    if isinstance(event, wire.TurnCancel) or (
+        isinstance(event, wire.InputEvent) and record.kind is Kind.TURN and _addressed(event, record)
+    ):
+        return event
+    raise InvalidInput(f"{event.type} is not what a record {record.kind} to agent {record.agent} may hold")
+
+
+def _addressed(event: wire.InputEvent, record: Record) -> bool:
+    return not isinstance(event, wire.TurnRequested) or event.agent == record.agent
+
+
+def unfit(history: History, offset: int) -> tuple[str, str] | None:
+    """Return why the answer at ``offset`` cannot be used, as a code and a reason; None if it can."""
+    turn = history.answered_by(offset)
+    if turn is None:
+        return "not_waiting", "it answers a turn that this session does not have"
+    question = next((q for q in turn.questions.values() if q.answer_offset == offset), None)
+    if question is None:
+        return "not_waiting", f"it answers a question that turn {turn.id} does not ask, or has its answer to"
+    if question.resumed or question.answer is None:
+        return None
+    try:
+        check_answer(question.event, question.answer.value)
+    except InvalidInput as error:
+        return "invalid_answer", str(error)
+    return None
+
+
 def decide(history: History, pending: Pending, record: Record, *, now: float, max_attempts: int) -> Action:
     """Return the next step of the worker that holds the lease of ``record``.
 
@@ -90,35 +139,49 @@ def decide(history: History, pending: Pending, record: Record, *, now: float, ma
     if not pending.ready(record.offset):
         return HandBack(0.0)
     try:
-        event = wire.decode(record.body)
+        event = input_of(record)
     except InvalidInput as error:
-        return _reject(record, "undecodable", str(error))
+        return reject(record.offset, "not_an_input", str(error))
     if (turn := next(stopped(history), None)) is not None:
         return Write(cancelled(turn), settles(turn, pending, history))
+    if (rejected := next(_useless(history, pending), None)) is not None:
+        return rejected
     match event:
         case wire.TurnRequested():
             turn = history.at(record.offset)
             if turn is None:
-                return _reject(record, "duplicate", f"turn {event.turn} was sent before", event.turn)
+                return reject(record.offset, "duplicate", f"turn {event.turn} was sent before", event.turn)
         case wire.TurnAnswer():
             turn = history.answered_by(record.offset)
-            if turn is None or turn.ended:
-                return _reject(record, "not_waiting", f"turn {event.turn} does not wait for this answer", event.turn)
+            if turn is None or (turn.request is not None and turn.agent != record.agent):
+                return reject(record.offset, "not_waiting", f"agent {record.agent} has no turn {event.turn}")
         case wire.TurnCancel():
-            return _reject(record, "too_late", "there is nothing to stop", event.turn or "")
-        case _:
-            return _reject(record, "not_an_input", f"{event.type} is no turn, answer or stop")
+            return reject(record.offset, "too_late", "there is nothing to stop", event.turn or "")
     if turn.ended:
-        return _reject(record, "already_ended", f"turn {turn.id} has ended", turn.id)
+        return reject(record.offset, "already_ended", f"turn {turn.id} has ended", turn.id)
     return _go_on(turn, history, pending, now=now, max_attempts=max_attempts)
+
+
+def _useless(history: History, pending: Pending) -> Iterator[Write]:
+    """Return the rejections of pending answers that no turn will take."""
+    for entry in pending:
+        turn = history.answered_by(entry.offset)
+        if turn is None or turn.ended or turn.stop is not None:
+            continue
+        if (fault := unfit(history, entry.offset)) is not None:
+            yield reject(entry.offset, *fault, turn.id)
 
 
 def _go_on(turn: TurnView, history: History, pending: Pending, *, now: float, max_attempts: int) -> Action:
     ending = settles(turn, pending, history)
     fields = terminal_fields(turn)
-    deadline = turn.request.deadline if turn.request else None
-    if deadline is not None and now >= deadline - _CLOCK_SLACK:
-        return Write(wire.TurnExpired(**fields, reason="its deadline passed"), ending)
+    if turn.request is None:
+        error = wire.ErrorInfo("request_lost", "its request is no longer in the log")
+        # Where it stood is not known either; what it held up is the head.
+        return Write(wire.TurnFailed(**fields, error=error), (pending[0].offset, *ending))
+    deadline = math.inf if turn.request.deadline is None else turn.request.deadline
+    if now >= deadline - _CLOCK_SLACK:
+        return Write(wire.TurnExpired(**fields, reason=OVERDUE), ending)
     if turn.state == "suspended" and not any(q.answer and not q.resumed for q in turn.questions.values()):
         until = turn.suspended_until
         if until is None:
@@ -127,7 +190,7 @@ def _go_on(turn: TurnView, history: History, pending: Pending, *, now: float, ma
             return HandBack(until - now)
         return Write(wire.TurnExpired(**fields, reason="nobody answered in time"), ending)
     if turn.state == "retrying" and turn.retry_at is not None and now < turn.retry_at - _CLOCK_SLACK:
-        return HandBack(turn.retry_at - now)
+        return HandBack(min(turn.retry_at, deadline) - now)
     if turn.charged >= max_attempts:
         why = turn.error.message if turn.error is not None else "its workers died"
         error = wire.ErrorInfo("max_attempts", f"gave up after {turn.charged} attempts: {why}")
@@ -135,5 +198,6 @@ def _go_on(turn: TurnView, history: History, pending: Pending, *, now: float, ma
     return Run(turn)
 
 
-def _reject(record: Record, code: str, reason: str, turn: str = "") -> Write:
-    return Write(wire.InputRejected(turn=turn, offset=record.offset, code=code, reason=reason), (record.offset,))
+def reject(offset: int, code: str, reason: str, turn: str = "") -> Write:
+    """Return the step that refuses the input at ``offset``."""
+    return Write(wire.InputRejected(turn=turn, offset=offset, code=code, reason=reason), (offset,))

@@ -75,18 +75,19 @@ _Text = TextDelta | ReasoningDelta | ToolInputDelta
 class _Slot:
     """What one append will hold: merged text, or one event."""
 
-    __slots__ = ("bodies", "call", "change", "count", "event", "kind", "number", "pieces", "size", "text")
+    __slots__ = ("bodies", "call", "change", "count", "event", "kind", "name", "number", "pieces", "size", "text")
 
-    def __init__(self, number: int, text: type[_Text] | None = None, call: str = "") -> None:
+    def __init__(self, number: int) -> None:
         self.number = number
-        self.text = text
-        self.call = call
-        self.event: OutputEvent | None = None
-        self.bodies: Sequence[bytes] = ()
+        self.count = 0
         self.kind = Kind.DELTA
         self.change: Change | None = None
+        self.event: OutputEvent | None = None
+        self.bodies: Sequence[bytes] = ()
+        self.text: type[_Text] | None = None
+        self.call = ""
+        self.name = ""
         self.pieces: list[str] = []
-        self.count = 0
         self.size = 0
 
 
@@ -156,15 +157,13 @@ class Publisher:
         """
         while self._waiting >= self._limit and self.error is None and not self._closed:
             await self._move()
-        if isinstance(event, (TextDelta, ReasoningDelta)):
-            self._check_open()
-            if not isinstance(event.text, str):  # pyright: ignore[reportUnnecessaryIsInstance] - authors err
-                raise InvalidInput(f"the text of a {event.type} must be str, not {type(event.text).__name__}")
-            self._put_text(event.text, event.count, type(event))
-        elif isinstance(event, ToolInputDelta) and self._goes_on(event):
-            self._put_text(event.text, 1, ToolInputDelta, event.call)
-        else:
-            self.put(msgspec.structs.replace(event, turn=self._turn, attempt=self._attempt))
+        match event:
+            case TextDelta() | ReasoningDelta():
+                self._put_text(type(event), event.text, event.count)
+            case ToolInputDelta():
+                self._put_text(ToolInputDelta, event.text, 1, event.call, event.name)
+            case _:
+                self.put(msgspec.structs.replace(event, turn=self._turn, attempt=self._attempt))
 
     def put(self, event: OutputEvent, change: Change | None = None) -> None:
         """Queue an event whatever the buffer holds; ``change`` edits the pending list when it is stored.
@@ -195,28 +194,24 @@ class Publisher:
         if self._closed:
             raise Fenced(f"attempt {self._attempt} at turn {self._turn} is over; what it appends now is refused")
 
-    def _goes_on(self, event: ToolInputDelta) -> bool:
-        """Whether it only adds text to the piece of tool input that was queued last."""
+    def _put_text(self, cls: type[_Text], text: str, count: int, call: str = "", name: str = "") -> None:
         self._check_open()
-        slot = self._slots[-1] if self._slots else None
-        if slot is None or slot.call != event.call or event.name or not isinstance(cast("Any", event.text), str):
-            return False
-        if slot.text is None and isinstance(slot.event, ToolInputDelta) and len(slot.bodies) == 1:
-            # The first piece was queued as an event of its own, since it may have a name.
-            slot.text = ToolInputDelta
-            slot.pieces.append(slot.event.text)
-            slot.size = len(slot.event.text)
-        return slot.text is ToolInputDelta
-
-    def _put_text(self, text: str, count: int, cls: type[_Text], call: str = "") -> None:
+        if not (isinstance(text, str) and isinstance(call, str) and isinstance(name, str) and count >= 0):  # pyright: ignore[reportUnnecessaryIsInstance] - authors err
+            raise InvalidInput(f"a {cls.__name__} needs text, not {text!r} ({count} tokens, call {call!r}, {name!r})")
         size = len(text)
         slot = self._slots[-1] if self._slots else None
-        if slot is None or slot.text is not cls or slot.size + size > _TEXT_LIMIT:
+        if (
+            slot is None
+            or slot.text is not cls
+            or slot.size + size > _TEXT_LIMIT
+            or slot.call != call
+            or (name and slot.name != name)
+        ):
             # What is too long is sliced; its tokens are counted with the last slice.
             whole = max(size - 1, 0) // _TEXT_LIMIT * _TEXT_LIMIT
             for start in range(0, whole, _TEXT_LIMIT):
-                self._text_slot(cls, call).pieces.append(text[start : start + _TEXT_LIMIT])
-            slot = self._text_slot(cls, call)
+                self._text_slot(cls, call, name).pieces.append(text[start : start + _TEXT_LIMIT])
+            slot = self._text_slot(cls, call, name)
             text = text[whole:]
         slot.pieces.append(text)
         slot.size += len(text)
@@ -224,9 +219,9 @@ class Publisher:
         self._waiting += count
         self._wake()
 
-    def _text_slot(self, cls: type[_Text], call: str) -> _Slot:
-        self._put += 1
-        slot = _Slot(self._put, cls, call)
+    def _text_slot(self, cls: type[_Text], call: str, name: str) -> _Slot:
+        slot = self._new_slot()
+        slot.text, slot.call, slot.name = cls, call, name
         self._slots.append(slot)
         return slot
 
@@ -341,21 +336,26 @@ class Publisher:
             self.on_stored(event, tail.offset)
 
     def _text_of(self, slot: _Slot) -> tuple[OutputEvent, Sequence[bytes]]:
-        cls = ReasoningDelta if slot.reasoning else TextDelta
-        event = cls(
-            turn=self._turn, attempt=self._attempt, text="".join(slot.pieces), index=self._index, count=slot.count
-        )
-        self._index += slot.count
+        text = "".join(slot.pieces)
         try:
-            body = wire.encode(event)
-        except UnicodeEncodeError:
-            # A provider cut a character outside the basic plane in two. What was not put together again is no text.
-            event.text = event.text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
-            body = wire.encode(event)
-        if len(body) <= self._max_body:
-            return event, (body,)
-        slot.kind = Kind.EVENT
-        return event, wire.split(event, self._max_body)
+            return self._encoded_text(slot, text)
+        except InvalidInput:
+            # A provider cut a character outside the basic plane in two. What cannot be put together again is no text.
+            return self._encoded_text(slot, text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace"))
+
+    def _encoded_text(self, slot: _Slot, text: str) -> tuple[OutputEvent, Sequence[bytes]]:
+        if slot.text is ToolInputDelta:
+            event = ToolInputDelta(turn=self._turn, attempt=self._attempt, call=slot.call, text=text, name=slot.name)
+        else:
+            cls = ReasoningDelta if slot.text is ReasoningDelta else TextDelta
+            event = cls(turn=self._turn, attempt=self._attempt, text=text, index=self._index, count=slot.count)
+        bodies = (wire.encode(event),)
+        if len(bodies[0]) > self._max_body:
+            slot.kind = Kind.EVENT
+            bodies = wire.split(event, self._max_body)
+        if slot.text is not ToolInputDelta:
+            self._index += slot.count
+        return event, bodies
 
     async def _remind(self) -> None:
         # By the clock and not by what is said: while the session's end is young, nobody who takes it over has to
@@ -373,12 +373,7 @@ class Publisher:
 
 
 def _encoded(event: OutputEvent, limit: int) -> tuple[OutputEvent, Sequence[bytes]]:
-    try:
-        body = wire.encode(event)
-        stored = wire.decode(body)
-    except InvalidInput as error:
-        raise InvalidInput(f"this {event.type} cannot be stored: {error}") from error
-    except (TypeError, ValueError, OverflowError, RecursionError, msgspec.MsgspecError) as error:
-        raise InvalidInput(f"this {event.type} cannot be JSON: {error}") from error
+    body = wire.mend(event)
+    stored = wire.decode(body)
     assert isinstance(stored, wire.OutputEvent)
     return stored, (body,) if len(body) <= limit else wire.split(stored, limit)

@@ -6,11 +6,11 @@ import logging
 import math
 import time
 import traceback
-from collections.abc import Callable, Iterator
+import uuid
+from collections.abc import Iterator
 from typing import Any, cast
 
 import anyio
-import msgspec
 from anyio.abc import TaskGroup
 from msgspec import Struct
 
@@ -18,13 +18,20 @@ from agentrun import wire
 from agentrun.agent import Agent, Context
 from agentrun.broker import Broker, Kind, Pending, Record, Tail
 from agentrun.cancel import Cause, Stop, StopSwitch
-from agentrun.errors import AuthorSignal, Fail, Fenced, InvalidInput, Retry, SessionGone, Unavailable
+from agentrun.errors import AuthorSignal, Fail, Fenced, Retry, SessionGone, Unavailable
 from agentrun.history import History, TurnView
-from agentrun.plan import cancelled, settles, stopped, terminal_fields
-from agentrun.publish import Pacer, Publisher, SessionWriter
+from agentrun.inbox import Inbox
+from agentrun.plan import settles, terminal_fields
+from agentrun.publish import Pacer, Publisher
 from agentrun.settings import WorkerSettings
+from agentrun.writer import Change, SessionWriter
 
 log = logging.getLogger("agentrun.worker")
+
+_LONGEST_RETRY = 30.0
+"""Seconds before an attempt after an unexpected error, at most."""
+_LONGEST_REASON = 4000
+"""Characters of an error's text that go into the log."""
 
 
 class Shared(Struct, frozen=True):
@@ -74,24 +81,25 @@ class Attempt:
         assert turn.request is not None
         self._shared = shared
         self._settings = shared.settings
+        self._capabilities = shared.broker.capabilities
         self._agent = agent
         self._session = session
         self._carrier = carrier
         self._history = history
         self._view = turn
         self._request = turn.request
-        self._claim_after = tail
         self._number = turn.attempt + 1
+        self._partial = turn.message if turn.message.parts and not turn.incomplete else None
+        self._resumes = agent.resume and self._partial is not None
         self._switch = StopSwitch()
-        self._inputs_moved = anyio.Event()
+        self._inbox = Inbox(history, turn, carrier.offset, self._switch)
         self._done = anyio.Event()
-        self._over = anyio.Event()
         self._open = False
         self._failure: Exception | None = None
         self._by_itself = False
-        self._ended_as: wire.Terminal | None = None
-        self._ended_at = 0
+        self._claim_after = tail
         self.started = 0.0
+        self._writer: SessionWriter
         self._publisher: Publisher
         self._ctx: Context
 
@@ -118,41 +126,7 @@ class Attempt:
 
     async def on_signal(self, body: bytes) -> bytes | None:
         """Answer a live request to stop; the reply is sent once the end is stored."""
-        try:
-            event = wire.decode(body)
-        except InvalidInput:
-            return None
-        if not isinstance(event, wire.TurnCancel):
-            return None
-        target = self._history.turns.get(event.turn) if event.turn is not None else self._view
-        if target is None:
-            return None
-        if event.all:
-            self._stop_waiting(event)
-        if target is self._view:
-            self.stop(Stop(Cause.CANCEL, event.by, event.reason))
-            await self._over.wait()
-            if self._ended_as is None:
-                return None
-            receipt = "cancelled" if isinstance(self._ended_as, wire.TurnCancelled) else "already_ended"
-            return msgspec.json.encode(wire.CancelReply(receipt, self._ended_at))
-        if self._open and target.stop is None and not target.ended:
-            target.stop = event
-            self._cancel_waiting()
-            try:
-                await self._publisher.flush()
-            except Fenced:
-                return None
-        if target.state == "cancelled" and target.ended_at is not None:
-            return msgspec.json.encode(wire.CancelReply("cancelled", target.ended_at))
-        return None
-
-    def _stop_waiting(self, event: wire.TurnCancel) -> None:
-        for view in self._history.turns.values():
-            if view is not self._view and not view.ended and view.stop is None:
-                view.stop = event
-        if self._open:
-            self._cancel_waiting()
+        return await self._inbox.on_signal(body)
 
     # --------------------------------------------------------------------------------------------------- the attempt
 
@@ -163,37 +137,56 @@ class Attempt:
             Conflict: The session moved on before the claim; nothing has happened.
         """
         try:
-            return await self._run()
+            await self._claim()
+            outcome: Outcome = Lost()
+            async with anyio.create_task_group() as group:
+                group.start_soon(self._publish)
+                group.start_soon(self._watch, self._writer.tail)
+                group.start_soon(self._inbox.watch_deadlines)
+                await self._run_agent()
+                outcome = await self._conclude()
+                group.cancel_scope.cancel()
+            return outcome
         finally:
+            # However it came to an end: nobody waits for it any more, and its agent does not go on.
             self._open = False
-            self._over.set()
+            self._inbox.over(None, 0)
+            self._switch.scope.cancel()
 
-    async def _run(self) -> Outcome:
-        partial = self._view.message if self._view.message.parts and not self._view.incomplete else None
-        resumes = self._agent.resume and partial is not None
+    async def _claim(self) -> None:
         started = wire.TurnStarted(
             turn=self.turn,
             attempt=self._number,
             worker=self._shared.worker,
-            lease=f"{time.time_ns():x}",
-            resumes_from=self._view.last_out if resumes else None,
-            message=partial,
+            lease=uuid.uuid4().hex,
+            resumes_from=self._view.last_out if self._resumes else None,
+            message=self._partial,
         )
-        tail = await self._claim(started)
+        # A message left by earlier attempts may be large; the claim itself is one record, so what is too large is
+        # left out of it: it is still in the log for as long as its deltas are.
+        body = wire.encode(started)
+        if len(body) > self._capabilities.max_body:
+            started.message = None
+            body = wire.encode(started)
+        log, after = self._shared.broker.log, self._claim_after
+        pending = after.pending.claim(self._carrier.offset)
+        tail = await log.append(self._session, body, kind=Kind.EVENT, after=after, pending=pending)
         self.started = time.monotonic()
         self._history.apply(tail.offset, started, time=time.time())
-        writer = SessionWriter(self._shared.broker.log, self._session, tail, self._on_input)
-        capabilities = self._shared.broker.capabilities
+        self._writer = SessionWriter(log, self._session, tail, self._inbox.on_input)
+        self._begin()
+
+    def _begin(self) -> None:
         self._publisher = Publisher(
-            writer,
+            self._writer,
             turn=self.turn,
             attempt=self._number,
-            message=partial if resumes else None,
+            message=self._partial if self._resumes else None,
             pacer=self._shared.pacer,
             min_gap=self._settings.min_gap,
             buffer_events=self._settings.buffer_events,
-            checkpoint_after=self._settings.checkpoint * capabilities.delta_ttl,
-            max_body=capabilities.max_body,
+            checkpoint_after=self._settings.checkpoint * self._capabilities.delta_ttl,
+            max_body=self._capabilities.max_body,
         )
         self._publisher.on_stored = self._on_stored
         self._ctx = Context(
@@ -202,36 +195,21 @@ class Attempt:
             attempt=self._number,
             request=self._request,
             messages=self._history.messages(until=self.turn),
-            partial=partial,
+            partial=self._partial,
         )
+        self._ctx.usage = self._view.usage
         self._open = True
-        outcome: Outcome = Lost()
-        async with anyio.create_task_group() as group:
-            group.start_soon(self._publish)
-            group.start_soon(self._watch, writer, tail)
-            if self._request.deadline is not None:
-                group.start_soon(self._expire_at, self._request.deadline)
-            await self._run_agent()
-            outcome = await self._finish()
-            group.cancel_scope.cancel()
-        return outcome
+        self._inbox.open(self._publisher)
 
-    async def _claim(self, started: wire.TurnStarted) -> Tail:
-        # A message left by earlier attempts may be large; the claim itself is one record, so what is too large is
-        # left out of it: it is still in the log for as long as its deltas are.
-        body = wire.encode(started)
-        if len(body) > self._shared.broker.capabilities.max_body:
-            started.message = None
-            body = wire.encode(started)
-        after = self._claim_after
-        pending = after.pending.claim(self._carrier.offset)
-        return await self._shared.broker.log.append(self._session, body, kind=Kind.EVENT, after=after, pending=pending)
+    def _on_stored(self, event: wire.OutputEvent, offset: int) -> None:
+        self._history.apply(offset, event, time=time.time())
 
     async def _publish(self) -> None:
         await self._publisher.run()
-        self.stop(Stop(Cause.FENCED))
+        if self._publisher.error is not None:
+            self.stop(Stop(Cause.FENCED))
 
-    async def _watch(self, writer: SessionWriter, tail: Tail) -> None:
+    async def _watch(self, tail: Tail) -> None:
         """See inputs as they are stored, and a takeover even while the agent is silent."""
         after, cursor = tail.offset, tail.cursor
         while True:
@@ -244,18 +222,18 @@ class Attempt:
                             after, cursor = record.offset, record.cursor
                             if record.kind.input:
                                 await self._publisher.reached(record.offset - 1)
-                            if not writer.observe(record):
+                            if not self._writer.observe(record):
+                                self._publisher.fence(Fenced(f"taken over at offset {record.offset}"))
                                 self.stop(Stop(Cause.FENCED))
                                 return
-            except SessionGone:
+            except SessionGone as error:
+                self._publisher.fence(Fenced(str(error)))
                 self.stop(Stop(Cause.FENCED))
                 return
             except Unavailable:
                 await anyio.sleep(0.5)
 
-    async def _expire_at(self, deadline: float, reason: str = "its deadline passed") -> None:
-        await anyio.sleep(max(0.0, deadline - time.time()))
-        self.stop(Stop(Cause.DEADLINE, reason=reason))
+    # ------------------------------------------------------------------------------------------------------ the agent
 
     async def _run_agent(self) -> None:
         self._shared.agents.start_soon(self._agent_task)
@@ -272,21 +250,28 @@ class Attempt:
                 self.turn,
             )
         self._open = False
+        self._inbox.close()
 
     async def _agent_task(self) -> None:
         try:
             with self._switch.scope:
-                await self._agent.run(self._ctx)
-            self._by_itself = self._switch.stop is None
+                await self._guarded()
         except Exception as error:
             # Whatever an author's code raises ends the attempt, not the worker.
             self._failure = _cause_of(error)
-            self._by_itself = self._switch.stop is None
         finally:
+            self._by_itself = self._switch.stop is None
             self._done.set()
             self._switch.changed.set()
 
-    # ------------------------------------------------------------------------------------------- the agent's requests
+    async def _guarded(self) -> None:
+        try:
+            await self._agent.run(self._ctx)
+        except anyio.get_cancelled_exc_class() as error:
+            if anyio.current_effective_deadline() == -math.inf:
+                raise
+            # Not by us: something it awaited was cancelled by somebody else. That is an error like any other.
+            raise RuntimeError("the agent was cancelled, but its turn was not stopped") from error
 
     @property
     def stopping(self) -> bool:
@@ -296,151 +281,82 @@ class Attempt:
     async def emit(self, event: wire.OutputEvent) -> None:
         """Queue an event for the log; the agent meets its stop here if it did not elsewhere."""
         if not self._open or self._switch.stop is not None:
-            await self._meet_stop()
+            await self._inbox.meet_stop()
         await self._publisher.emit(event)
-
-    async def _meet_stop(self) -> None:
-        await anyio.lowlevel.checkpoint()
-        # Still here: the agent is in a shielded cleanup.
-        raise Fenced("this turn is being stopped; what its agent appends now is refused")
 
     async def take_steering(self) -> list[wire.TurnRequested]:
         """Consume the steering turns that wait."""
-        taken: list[wire.TurnRequested] = []
-        for view in self._history.turns.values():
-            request = view.request
-            if request is None or request.on_busy != "steer" or view.state != "queued" or view.attempt > 0:
-                continue
-            if view.offset <= self._view.offset or view.stop is not None:
-                continue
-            taken.append(request)
-            self._publisher.put(wire.SteerConsumed(steer=view.id, offset=view.offset), _settle(view.offset))
-        if taken:
-            await self._publisher.flush()
-        return taken
+        return await self._inbox.take_steering()
 
     async def ask(self, question: wire.InputRequired, hold: float | None) -> Any:
         """Put the question, unless it was; wait for the answer for a while, then suspend the turn."""
-        asked = self._view.questions.get(question.request)
-        if asked is None:
-            if question.deadline is not None:
-                question.deadline += time.time()
-            self._publisher.put(question)
-            await self._publisher.flush()
-            asked = self._view.questions[question.request]
-        deadline = asked.event.deadline
-        give_up = time.monotonic() + (self._settings.ask_hold if hold is None else hold)
-        while asked.answer is None:
-            if self._switch.stop is not None:
-                await self._meet_stop()
-            now = time.time()
-            if deadline is not None and now >= deadline:
-                self.stop(Stop(Cause.DEADLINE, reason=f"nobody answered {question.request} in time"))
-            elif time.monotonic() >= give_up:
-                self.stop(Stop(Cause.SUSPEND, until=deadline))
-            left = give_up - time.monotonic()
-            if deadline is not None:
-                left = min(left, deadline - now)
-            with anyio.move_on_after(max(0.0, left)):
-                await self._inputs_moved.wait()
-        answer = asked.answer
-        if not asked.resumed and asked.answer_offset is not None:
-            offset = asked.answer_offset
-            # The input that carries the turn stays pending until the turn ends: it is the lease.
-            change = None if offset == self._carrier.offset else _settle(offset)
-            self._publisher.put(wire.TurnResumed(request=question.request, answer=offset), change)
-            await self._publisher.flush()
-        return answer.value
-
-    # ------------------------------------------------------------------------------------------------- what comes in
-
-    def _on_input(self, record: Record) -> None:
-        try:
-            event = wire.decode(record.body)
-        except InvalidInput:
-            return
-        self._history.apply(record.offset, event, time=record.time)
-        self._act_on_inputs()
-        moved, self._inputs_moved = self._inputs_moved, anyio.Event()
-        moved.set()
-
-    def _act_on_inputs(self) -> None:
-        view = self._view
-        if view.stop is not None:
-            self.stop(Stop(Cause.CANCEL, view.stop.by, view.stop.reason))
-        elif view.interrupted_by is not None:
-            self.stop(Stop(Cause.ROLLBACK if view.rollback else Cause.INTERRUPT, by=view.interrupted_by))
-        if self._open:
-            self._cancel_waiting()
-
-    def _cancel_waiting(self) -> None:
-        """End the turns that were stopped while they waited behind this one."""
-        for view in stopped(self._history):
-            if view is not self._view and view.stop is not None and self._publisher.error is None:
-                event = cancelled(view)
-                offset = view.offset
-                # Taken as ended right away, so that it is not put twice before it is stored.
-                view.state = "cancelled"
-                self._publisher.put(event, _settle(offset))
-
-    def _on_stored(self, event: wire.OutputEvent, offset: int) -> None:
-        if event.turn != self.turn and (other := self._history.turns.get(event.turn)) is not None:
-            other.ended_at = offset
-        self._history.apply(offset, event, time=time.time())
+        return await self._inbox.ask(question, self._settings.ask_hold if hold is None else hold)
 
     # ---------------------------------------------------------------------------------------------------- the last word
 
-    async def _finish(self) -> Outcome:
+    async def _conclude(self) -> Outcome:
         try:
-            await self._publisher.flush()
-            event, outcome, change = self._last_word()
-            if isinstance(event, wire.TERMINAL):
-                self._publisher.on_stored = self._remember_end
-            self._publisher.put(event, change)
-            await self._publisher.flush()
+            await self._publisher.close()
+            while True:
+                event, outcome, change = self._last_word()
+                *pieces, last = wire.split(event, self._capabilities.max_body)
+                for body in pieces:
+                    await self._writer.append(body, Kind.EVENT)
+                # An input that comes in between may be a stop: then the last word is another one.
+                tail = await self._writer.try_append(last, Kind.EVENT, change)
+                if tail is not None:
+                    break
         except Fenced as error:
             log.info("turn %s, attempt %d: %s", self.turn, self._number, error)
             return Lost()
+        if isinstance(event, wire.TERMINAL):
+            self._inbox.over(event, tail.offset)
         return outcome
 
-    def _remember_end(self, event: wire.OutputEvent, offset: int) -> None:
-        if isinstance(event, wire.TERMINAL) and event.turn == self.turn:
-            self._ended_as, self._ended_at = event, offset
-
-    def _last_word(self) -> tuple[wire.OutputEvent, Outcome, Callable[[Pending], Pending]]:
+    def _last_word(self) -> tuple[wire.OutputEvent, Outcome, Change]:
         stop = self._switch.stop
         if stop is not None and stop.cause is Cause.FENCED:
             raise Fenced("the session was taken over")
         if stop is None or self._by_itself:
-            return self._own_word()
-        usage = self._ctx.usage
+            event, outcome, change = self._own_word()
+            # It had its last word before the stop came, unless it only asks for another attempt.
+            if stop is None or isinstance(event, wire.TERMINAL) or not stop.cause.ends:
+                return event, outcome, change
         if stop.cause is Cause.SUSPEND:
-            open_questions = [name for name, q in self._view.questions.items() if not q.resumed]
-            event = wire.TurnSuspended(requests=open_questions, message=self._message(), usage=usage, until=stop.until)
-            outcome = Settled() if stop.until is None else HandedBack(max(0.0, stop.until - time.time()))
-            return event, outcome, Pending.park
+            return self._suspended()
         if stop.cause is Cause.DRAIN:
-            return wire.TurnReleased(reason="drain", usage=usage), HandedBack(), Pending.release
+            return wire.TurnReleased(**self._names(), usage=self._ctx.usage), HandedBack(), Pending.release
         if stop.cause is Cause.DEADLINE:
             return self._end(wire.TurnExpired(**self._fields(), reason=stop.reason))
-        reason = stop.reason
-        if stop.cause is not Cause.CANCEL:
-            reason = stop.cause.name.lower()
-        return self._end(
-            wire.TurnCancelled(**self._fields(), by=stop.by, reason=reason, rolled_back=stop.cause is Cause.ROLLBACK)
-        )
+        reason = stop.reason if stop.cause is Cause.CANCEL else stop.cause.name.lower()
+        rolled_back = stop.cause is Cause.ROLLBACK
+        return self._end(wire.TurnCancelled(**self._fields(), by=stop.by, reason=reason, rolled_back=rolled_back))
 
-    def _own_word(self) -> tuple[wire.OutputEvent, Outcome, Callable[[Pending], Pending]]:
+    def _suspended(self) -> tuple[wire.OutputEvent, Outcome, Change]:
+        questions = [q.event for q in self._view.questions.values() if q.answer is None]
+        deadlines = [d for d in (*(q.deadline for q in questions), self._request.deadline) if d is not None]
+        until = min(deadlines, default=None)
+        event = wire.TurnSuspended(
+            **self._names(),
+            requests=[q.request for q in questions],
+            message=self._message(),
+            usage=self._ctx.usage,
+            until=until,
+        )
+        return event, Settled() if until is None else HandedBack(max(0.0, until - time.time())), Pending.park
+
+    def _own_word(self) -> tuple[wire.OutputEvent, Outcome, Change]:
         failure = self._failure
         if failure is None:
             # What it said is what it meant to say, were it nothing.
             fields = self._fields()
             fields["message"] = self._publisher.builder.message
-            return self._end(wire.TurnCompleted(**fields, finish_reason=self._ctx.finish_reason))
+            return self._end(wire.TurnCompleted(**fields, finish_reason=str(self._ctx.finish_reason)))
         if isinstance(failure, Fail):
-            return self._end(wire.TurnFailed(**self._fields(), error=wire.ErrorInfo(failure.code, str(failure))))
+            return self._end(wire.TurnFailed(**self._fields(), error=wire.ErrorInfo(failure.code, _words(failure))))
         if isinstance(failure, Retry):
-            error = wire.ErrorInfo("retry", str(failure) or "the agent asked for another attempt", retryable=True)
+            why = _words(failure) or "the agent asked for another attempt"
+            error = wire.ErrorInfo("retry", why, retryable=True)
             after = failure.after
         else:
             log.error(
@@ -450,15 +366,17 @@ class Attempt:
                 self._number,
                 "".join(traceback.format_exception(failure)),
             )
-            error = wire.ErrorInfo("agent_error", f"{type(failure).__name__}: {failure}", retryable=True)
-            after = min(30.0, self._settings.retry_delay * math.pow(2, self._view.charged - 1))
+            error = wire.ErrorInfo("agent_error", f"{type(failure).__name__}: {_words(failure)}", retryable=True)
+            after = min(_LONGEST_RETRY, self._settings.retry_delay * math.pow(2, self._view.charged - 1))
         if self._view.charged >= self._settings.max_attempts:
             error = wire.ErrorInfo(error.code, f"gave up after {self._view.charged} attempts: {error.message}")
             return self._end(wire.TurnFailed(**self._fields(), error=error))
-        event = wire.TurnRetrying(error=error, after=after, usage=self._ctx.usage)
-        return event, HandedBack(after), Pending.park if after > 0 else Pending.release
+        event = wire.TurnRetrying(**self._names(), error=error, after=after, usage=self._ctx.usage)
+        if self._request.deadline is not None:
+            after = min(after, self._request.deadline - time.time())
+        return event, HandedBack(max(0.0, after)), Pending.park if after > 0 else Pending.release
 
-    def _end(self, event: wire.Terminal) -> tuple[wire.Terminal, Outcome, Callable[[Pending], Pending]]:
+    def _end(self, event: wire.Terminal) -> tuple[wire.Terminal, Outcome, Change]:
         carrier = self._carrier.offset
 
         def change(pending: Pending) -> Pending:
@@ -471,16 +389,20 @@ class Attempt:
         builder = self._publisher.builder
         return builder.message if builder else self._view.message
 
+    def _names(self) -> dict[str, Any]:
+        return {"turn": self.turn, "attempt": self._number}
+
     def _fields(self) -> dict[str, Any]:
         return terminal_fields(self._view) | {
             "attempt": self._number,
             "message": self._message(),
-            "usage": self._ctx.usage or self._view.usage,
+            "usage": self._ctx.usage,
         }
 
 
-def _settle(offset: int) -> Callable[[Pending], Pending]:
-    return lambda pending: pending.settle(offset)
+def _words(error: Exception) -> str:
+    """What an author's error says, short enough for a record and fit for JSON."""
+    return str(error)[:_LONGEST_REASON].encode("utf-8", "replace").decode()
 
 
 def _cause_of(error: Exception) -> Exception:

@@ -22,7 +22,7 @@ from agentrun.cancel import Cause, Stop
 from agentrun.errors import BrokerError, Conflict, InvalidInput, SessionGone, Unavailable
 from agentrun.history import History
 from agentrun.keeper import Keeper
-from agentrun.plan import Drop, HandBack, Run, Write, decide
+from agentrun.plan import Drop, HandBack, Run, Write, decide, input_of
 from agentrun.publish import Pacer
 from agentrun.run import Attempt, HandedBack, Lost, Shared
 from agentrun.settings import WorkerSettings
@@ -182,6 +182,7 @@ class Worker:
             with anyio.move_on_after(self.settings.drain):
                 await self._until_idle()
             group.cancel_scope.cancel()
+        self._now.set()
         for attempt in list(self._attempts):
             attempt.stop(Stop(Cause.DRAIN))
         with anyio.move_on_after(self.settings.cancel_grace + 5):
@@ -269,11 +270,11 @@ class Worker:
                             return
                         case Write(event, settles):
                             tail = await self._write(lease.session, event, settles, history, tail)
+                        case Run() if self._drain.is_set():
+                            await lease.nack()
+                            return
                         case Run(turn):
-                            agent = self._agents.get(turn.agent)
-                            if agent is None:
-                                await lease.nack(delay=1.0)
-                                return
+                            agent = self._agents[turn.agent]
                             attempt = Attempt(shared, agent, lease.session, lease.record, history, turn, tail)
                             await self._attempt(attempt, agent.name, lease)
                             return
@@ -282,8 +283,6 @@ class Worker:
 
     async def _attempt(self, attempt: Attempt, agent: str, lease: Lease) -> None:
         self._attempts[attempt] = agent
-        if self._now.is_set():
-            attempt.stop(Stop(Cause.DRAIN))
         try:
             outcome = await attempt.run()
         finally:
@@ -347,7 +346,7 @@ def _fold(records: Sequence[Record], *, dense_after: int | None = None) -> Histo
             history.apply(record.offset - 1, wire.Gap(from_=known + 1, to=record.offset - 1))
         known = record.offset
         try:
-            event = wire.decode(record.body)
+            event = input_of(record) if record.kind.input else wire.decode(record.body)
         except InvalidInput:
             # It is rejected, with its reason, when its turn comes.
             continue

@@ -1,9 +1,27 @@
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
+
+from agentrun.brokers.server import NatsServer
+from tests.brokers.nats_environment import NatsEnvironments
 
 
 @pytest.fixture(scope="session")
 def anyio_backend() -> str:
     """nats-py is asyncio; so is everything here."""
     return "asyncio"
+
+
+@pytest.fixture(scope="session")
+def nats_server() -> Iterator[NatsServer]:
+    """A real nats-server, shared by all tests of the run; each test takes a namespace of its own."""
+    with NatsServer() as server:
+        yield server
+
+
+@pytest.fixture
+def nats_environments(nats_server: NatsServer) -> NatsEnvironments:
+    """Empty namespaces of that server."""
+    return NatsEnvironments(nats_server)

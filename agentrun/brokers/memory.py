@@ -97,7 +97,7 @@ class MemoryLog:
     async def last(self, session: str) -> Tail:
         """See `SessionLog.last`."""
         await checkpoint()
-        return self.state.session(session).end
+        return self.state.peek(session).end
 
     async def append(
         self,
@@ -137,7 +137,7 @@ class MemoryLog:
     async def read(self, session: str, *, after: int = 0, deltas: bool = True, limit: int = 1000) -> Sequence[Record]:
         """See `SessionLog.read`."""
         await checkpoint()
-        return self.state.session(session).read(after, deltas, limit)
+        return self.state.peek(session).read(after, deltas, limit)
 
     @asynccontextmanager
     async def follow(

@@ -167,16 +167,20 @@ class MemoryState:
         self.lock = threading.Lock()
         """Guards leases, which other threads extend."""
         self.answers: dict[object, Tail] = {}
+        self.sessions: dict[str, StoredSession] = {}
         self.listeners: dict[str, list[tuple[TaskGroup, Handler]]] = {}
-        self._sessions: dict[str, StoredSession] = {}
         self._agents: dict[str, AgentQueue] = {}
         self._sequence = 0
 
     def session(self, name: str) -> StoredSession:
         """The session, made if need be, with what has expired taken out."""
-        found = self._sessions.get(name)
-        if found is None:
-            found = self._sessions[name] = StoredSession()
+        if name not in self.sessions:
+            self.sessions[name] = StoredSession()
+        return self.peek(name)
+
+    def peek(self, name: str) -> StoredSession:
+        """The session, to be read only: nothing is kept of one that is not there."""
+        found = self.sessions.get(name) or StoredSession()
         found.expire(self.clock() - self.capabilities.delta_ttl)
         return found
 
@@ -226,7 +230,7 @@ class MemoryState:
 
     def wake(self, name: str) -> None:
         """Tell the session's followers, and whoever waits for one of its inputs, to look again."""
-        session = self._sessions[name]
+        session = self.sessions[name]
         session.bell.ring()
         for agent in session.agents:
             self._agents[agent].bell.ring()
@@ -239,7 +243,7 @@ class MemoryState:
 
     def delete(self, name: str) -> None:
         """Remove the session, its queued inputs with it."""
-        session = self._sessions.pop(name, None)
+        session = self.sessions.pop(name, None)
         if session is None:
             return
         session.gone = True
@@ -257,6 +261,9 @@ class MemoryState:
         agent, now = self._agents[name], self.clock()
         soonest = now + _RELOOK
         for key, item in list(agent.items.items()):
+            if item.due > now:  # before all else: most inputs of a busy queue are leased
+                soonest = min(soonest, item.due)
+                continue
             session = self.session(item.session)
             if self._settled(session, item):
                 del agent.items[key]

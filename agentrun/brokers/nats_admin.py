@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -67,11 +66,12 @@ async def check_server(core: Core) -> None:
     Raises:
         Misconfigured: It has not.
     """
-    version = str(core.reads.client.connected_server_version)
-    numbers = re.findall(r"\d+", version)
-    found = tuple(int(n) for n in numbers[:2])
-    if found < MIN_SERVER:
-        raise Misconfigured(f"{core.reads.options.shown} runs nats-server {version}, needed is 2.12 or newer")
+    version = core.reads.client.connected_server_version
+    if (version.major, version.minor) < MIN_SERVER:
+        raise Misconfigured(
+            f"{core.reads.options.shown} runs nats-server {version.major}.{version.minor}.{version.patch}, "
+            "needed is 2.12 or newer"
+        )
     try:
         reply = await core.reads.api("INFO", patience=2.0)
     except Unavailable as error:

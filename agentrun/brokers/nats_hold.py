@@ -18,10 +18,12 @@ from agentrun.brokers.nats_core import Core
 from agentrun.brokers.nats_layout import Route, Stored, session_of
 from agentrun.brokers.nats_link import Msg, NotConnected, log
 from agentrun.brokers.nats_read import Reader
-from agentrun.errors import InvalidInput, Unavailable
+from agentrun.errors import AgentrunError, InvalidInput
 
 LOOK = 2.0
 """Seconds after which the session's end is looked up again, should a live record have been lost."""
+
+NACK = b"-NAK"
 
 Offer = Callable[["Delivery", Tail], Awaitable[None]]
 
@@ -131,7 +133,7 @@ class Holder:
                 try:
                     await self._review(route, held)
                     await self._beat(held)
-                except (NotConnected, Unavailable) as error:
+                except (NotConnected, AgentrunError) as error:
                     log.debug("held turns of session %s: %s", session, error)
                 if held.inputs:
                     shortest = min(d.lease_ttl for d in held.inputs.values())
@@ -146,7 +148,7 @@ class Holder:
 
     async def _hand_back(self, delivery: Delivery) -> None:
         try:
-            await self._core.queue.publish(delivery.reply, b"-NAK")
+            await self._core.queue.publish(delivery.reply, NACK)
         except NotConnected:
             log.debug("a held turn of session %s was not handed back, its lease will run out", delivery.session)
 

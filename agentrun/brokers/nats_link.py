@@ -14,8 +14,9 @@ import logging
 import random
 import ssl
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from typing import Any
-from urllib.parse import urlsplit, urlunsplit
+from urllib.parse import urlsplit
 
 import anyio
 import msgspec
@@ -28,7 +29,7 @@ from nats.errors import ConnectionClosedError, ConnectionDrainingError, Outbound
 from nats.errors import Error as NatsError
 from nats.protocol.command import hpub_cmd  # pyright: ignore[reportUnknownVariableType]
 
-from agentrun.errors import Misconfigured, Unavailable
+from agentrun.errors import InvalidInput, Misconfigured, Unavailable
 
 __all__ = ["ApiError", "Link", "LinkOptions", "Msg", "NotConnected", "status"]
 
@@ -50,6 +51,16 @@ class LinkOptions(Struct, frozen=True, kw_only=True):
     tls: ssl.SSLContext | None = None
     connect_timeout: float = 5.0
 
+    def __post_init__(self) -> None:
+        for server in self.servers or [""]:
+            try:
+                parts = urlsplit(server if "://" in server else f"nats://{server}")
+                usable = bool(parts.hostname) and parts.port != 0
+            except ValueError:
+                usable = False
+            if not usable:
+                raise InvalidInput(f"not a server's URL such as nats://host:4222: {self.shown!r}")
+
     @property
     def servers(self) -> list[str]:
         """The servers named in the URL, which may list several with commas."""
@@ -62,8 +73,8 @@ class LinkOptions(Struct, frozen=True, kw_only=True):
 
 
 def _redact(url: str) -> str:
-    parts = urlsplit(url if "://" in url else f"nats://{url}")
-    return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2]))
+    scheme, slashes, rest = url.rpartition("://")
+    return f"{scheme}{slashes}{rest.rpartition('@')[2]}"
 
 
 class ApiError(Struct, frozen=True):
@@ -122,6 +133,7 @@ class Link:
         self.on_closed: Callable[[str], None] = lambda _reason: None
         self.last_error = ""
         self._closing = False
+        self._begun = False
         self._opened = False
         self._slots: dict[str, Callable[[Msg | None], None]] = {}
         self._tokens = itertools.count()
@@ -138,12 +150,13 @@ class Link:
         if importlib.util.find_spec("fast_mail_parser"):
             raise Misconfigured("fast-mail-parser changes how nats-py reads headers: uninstall it")
         done = False
+        self._begun = True
         try:
             with anyio.move_on_after(self.options.connect_timeout):
                 await self._connect()
                 done = True
         except (NatsError, OSError, ValueError) as error:
-            self.last_error = str(error) or type(error).__name__
+            await self._on_error(error)
         finally:
             if not done:
                 await self.close()
@@ -179,8 +192,10 @@ class Link:
     async def close(self) -> None:
         """Close the connection; what was published is sent first."""
         self._closing = True
-        with anyio.move_on_after(2, shield=True):
-            await self.client.close()
+        if self._begun:
+            # nats-py asserts that what is closed has got as far as connecting.
+            with anyio.move_on_after(2, shield=True), suppress(AssertionError):
+                await self.client.close()
         self._forget()
 
     @property
@@ -189,11 +204,17 @@ class Link:
         return self.client.is_connected
 
     async def _on_error(self, error: Exception) -> None:
-        self.last_error = str(error) or type(error).__name__
+        text = str(error) or type(error).__name__
+        if not isinstance(error, OSError) or not self.last_error:
+            # "Connection reset" must not hide the refusal that came before it.
+            self.last_error = text
+        if self._opened and not self.client.is_connected and (half_open := getattr(self.client, "_transport", None)):
+            # A reconnect that failed in its handshake leaves its socket to the garbage collector.
+            half_open.close()
         if self._opened and not self._closing:
             # A server that is away is told once, by _on_disconnected.
-            level = logging.DEBUG if isinstance(error, OSError) else logging.WARNING
-            log.log(level, "connection %s: %s", self.name, self.last_error)
+            quiet = isinstance(error, OSError) or not self.client.is_connected
+            log.log(logging.DEBUG if quiet else logging.WARNING, "connection %s: %s", self.name, text)
 
     async def _on_disconnected(self) -> None:
         if self._opened and not self._closing:
@@ -201,6 +222,7 @@ class Link:
         self._forget()
 
     async def _on_reconnected(self) -> None:
+        self.last_error = ""
         log.info("connection %s to %s is back", self.name, self.options.shown)
         for call in tuple(self.on_reconnect):
             call()
@@ -247,6 +269,13 @@ class Link:
             await subscription.unsubscribe()
         except (ConnectionClosedError, ConnectionDrainingError):
             return
+
+    async def drain(self, subscription: Subscription) -> None:
+        """End a subscription once what the server was already sending has been handled; takes at most 2 s."""
+        with anyio.move_on_after(2):
+            if self.connected:
+                with suppress(NatsError):
+                    await subscription.drain()
 
     @property
     def gone(self) -> str:

@@ -20,7 +20,7 @@ from agentrun.brokers.nats_core import Core
 from agentrun.brokers.nats_follow import Follower
 from agentrun.brokers.nats_layout import EXPECTED, EXPECTED_SUBJECT, HEADROOM, OFFSET, PENDING, WRITER, Route
 from agentrun.brokers.nats_link import ApiError, Msg, NotConnected, status
-from agentrun.brokers.nats_read import Reader
+from agentrun.brokers.nats_read import NEAR, Reader
 from agentrun.errors import Conflict, Duplicate, InvalidInput, Misconfigured, SessionGone, TooLarge, Unavailable
 from agentrun.wire import check_id
 
@@ -214,12 +214,13 @@ class NatsLog:
         start = await self._reader.seek(route, after)
         out: list[Record] = []
         while len(out) < limit:
-            page = await self._reader.page(route, start, limit - len(out), deltas=deltas)
+            # Some more, since the search may begin that much too early.
+            page = await self._reader.page(route, start, limit - len(out) + NEAR, deltas=deltas)
             out += [r for r in page.records if r.offset > after]
             if page.complete:
                 break
             start = page.next
-        return out
+        return out[:limit]
 
     def follow(
         self, session: str, *, after: int = 0, deltas: bool = True, cursor: int = 0

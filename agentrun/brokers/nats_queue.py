@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import deque
+from contextlib import suppress
 from typing import Any
 
 import anyio
@@ -14,11 +15,11 @@ from msgspec import Struct
 from agentrun.broker import Record, Tail
 from agentrun.brokers.nats_beat import Heartbeats
 from agentrun.brokers.nats_core import Core
-from agentrun.brokers.nats_hold import Delivery, Holder
+from agentrun.brokers.nats_hold import NACK, Delivery, Holder
 from agentrun.brokers.nats_layout import consumer_filter, consumer_name, stream_name
 from agentrun.brokers.nats_link import ApiError, Msg, NotConnected, log, status
 from agentrun.brokers.nats_read import Reader
-from agentrun.errors import InvalidInput, Misconfigured, Unavailable
+from agentrun.errors import AgentrunError, InvalidInput, Misconfigured, Unavailable
 from agentrun.wire import check_id
 
 MAX_ACK_PENDING = 20_000
@@ -77,7 +78,7 @@ class NatsLease:
 
     async def nack(self, *, delay: float = 0.0) -> None:
         """See `Lease.nack`."""
-        body = b"-NAK" if delay <= 0 else b'-NAK {"delay": %d}' % int(delay * _NS)
+        body = NACK if delay <= 0 else b'-NAK {"delay": %d}' % int(delay * _NS)
         await self._queue.hand_back(self._delivery.reply, body)
 
 
@@ -121,11 +122,12 @@ class _Puller:
         self._open = False
         """Whether the current request waits at the server."""
         self._trouble = ""
+        self._closing = False
         self._sign = anyio.Event()
 
     async def run(self) -> None:
         """Pull for ever."""
-        await self._link.subscribe(f"{self._inbox}.*", self._on_message)
+        subscription = await self._link.subscribe(f"{self._inbox}.*", self._on_message)
         self._link.on_reconnect.add(self._restart)
         try:
             while True:
@@ -133,10 +135,17 @@ class _Puller:
                     await self._agent.changed.wait()
                 try:
                     await self._pull()
-                except (NotConnected, Unavailable):
+                except NotConnected:
                     await anyio.sleep(0.1)
+                except AgentrunError as error:
+                    log.warning("queue of agent %s, partition %d: %s", self._agent.name, self._partition, error)
+                    await anyio.sleep(1.0)
         finally:
             self._link.on_reconnect.discard(self._restart)
+            # The server may be sending an input at this moment: it must not wait for its lease to run out.
+            self._closing = True
+            with anyio.CancelScope(shield=True):
+                await self._link.drain(subscription)
 
     def _restart(self) -> None:
         self._open = False
@@ -176,7 +185,10 @@ class _Puller:
             # Any request's message is good; which one it answers cannot be told, but only one waits as a rule.
             self._open = False
             self._sign.set()
-            self._queue.judge(self._agent, msg)
+            if self._closing:
+                await self._link.publish(msg.reply, NACK)
+            else:
+                self._queue.judge(self._agent, msg)
             return
         if not current:
             return
@@ -295,8 +307,14 @@ class NatsQueue:
                 await self._core.queue.publish(msg.reply, b"+TERM")
                 return
             await self._holder.judge(delivery)
-        except (NotConnected, Unavailable) as error:
+        except NotConnected as error:
             log.debug("a delivered turn is left to be delivered again: %s", error)
+        except AgentrunError as error:
+            log.warning("a delivered turn is left to be delivered again: %s", error)
+        except anyio.get_cancelled_exc_class():
+            with suppress(NotConnected):
+                await self._core.queue.publish(msg.reply, NACK)
+            raise
         finally:
             agent.judging -= 1
             agent.bell()
@@ -309,7 +327,7 @@ class NatsQueue:
             if not waiter.future.done():
                 waiter.future.set_result(lease)
                 return
-        await self._core.queue.publish(delivery.reply, b"-NAK")
+        await self._core.queue.publish(delivery.reply, NACK)
 
     async def acknowledge(self, subject: str) -> None:
         """Take an input off the queue and wait until the server has done it.

@@ -201,7 +201,7 @@ class Reader:
         low: tuple[int, int] = (first.seq, first.offset)
         high: tuple[int, int] = (last.seq, last.offset)
         turn = 0
-        while high[1] - low[1] > NEAR and high[0] - low[0] > 1:
+        while after - low[1] > NEAR and high[0] - low[0] > 1:
             turn += 1
             if turn % 2:
                 # Offsets grow about evenly with the sequence; aim a little early.

@@ -63,6 +63,10 @@ class Run(Struct):
             self.report.expect(f"jumps in the offsets of {watch.session.id}", watch.jumps, 0)
             await watch.session.delete()
 
+    def rounds(self, sessions: int) -> int:
+        """How often each of so many sessions repeats what is measured; fewer times where they are many."""
+        return max(1, self.options.rounds * 10 // max(sessions, 10))
+
     def check(self, seen: TurnSeen, what: str, words: int | None) -> None:
         """Report what is missing or double in a turn that has ended; ``words`` None: it was stopped."""
         if words is not None:
@@ -92,7 +96,10 @@ async def open_run(
         Fleet(place, "workers.echo:echo", lease=lease, concurrency=_SLOTS) as fleet,
     ):
         await fleet.start(client, count)
-        yield Run(options, report, place, client, fleet, say)
+        try:
+            yield Run(options, report, place, client, fleet, say)
+        finally:
+            report.worker_log += fleet.said()
 
 
 async def _warm(watch: Watch) -> None:
@@ -154,23 +161,23 @@ async def bench_turns(run: Run) -> None:
 
 
 async def _paced(run: Run, watches: Sequence[Watch]) -> dict[str, Figure]:
-    """Turns of 20 tokens with a pause between them: what a person sees while so many others stream."""
+    """Turns of a second with a pause between them: what a person sees while so many others stream."""
     acks: list[float] = []
     started: list[float] = []
     first: list[float] = []
     rate = run.options.rate
 
     async def job(watch: Watch) -> None:
-        await anyio.sleep(_between(0, 20 / rate))
-        for _ in range(run.options.rounds):
+        await anyio.sleep(_between(0, 1))
+        for _ in range(run.rounds(len(watches))):
             begin = time.monotonic_ns()
-            turn = await watch.session.send(f"bench 20 {rate}")
+            turn = await watch.session.send(f"bench {rate} {rate}")
             acks.append((time.monotonic_ns() - begin) / 1e6)
             seen = await watch.until_ended(turn)
-            run.check(seen, f"turns, {len(watches)} sessions", 20)
+            run.check(seen, f"turns, {len(watches)} sessions", rate)
             started.append((seen.started[0][1] - begin) / 1e6)
             first.append((seen.first - begin) / 1e6)
-            await anyio.sleep(_between(0, 10 / rate))
+            await anyio.sleep(_between(0, 1))
 
     await _each(watches, job)
     return {
@@ -238,7 +245,7 @@ def _token_figures(turns: Sequence[TurnSeen], words: int) -> dict[str, Figure]:
     return {
         "tokens": sum(seen.words.seen for seen in turns),
         **spread("latency", delays),
-        "latency_max_ms": max(delays),
+        "latency_max_ms": max(delays, default=None),
         "slowest_turn_tokens_per_s": min(rates),
         "tokens_per_s": len(delays) * 1e9 / max(span, 1),
         "appends_per_token": sum(seen.appends for seen in turns) / max(len(delays), 1),
@@ -264,8 +271,8 @@ async def bench_cancel(run: Run) -> None:
         async with run.watches(count) as watches:
             stops: list[_Stop] = []
 
-            async def job(watch: Watch, stops: list[_Stop] = stops) -> None:
-                stops.extend([await _stop(run, watch) for _ in range(run.options.rounds)])
+            async def job(watch: Watch, stops: list[_Stop] = stops, count: int = count) -> None:
+                stops.extend([await _stop(run, watch, count) for _ in range(run.rounds(count))])
 
             await _each(watches, job)
             kinds = Counter(stop.status for stop in stops)
@@ -281,10 +288,12 @@ async def bench_cancel(run: Run) -> None:
             )
 
 
-async def _stop(run: Run, watch: Watch) -> _Stop:
+async def _stop(run: Run, watch: Watch, sessions: int) -> _Stop:
+    # About ten stops a second in all, however many stream.
+    pause = max(1.0, sessions / 10)
     turn = await watch.session.send(f"bench 1000000 {run.options.rate}")
     await watch.until_begun(turn)
-    await anyio.sleep(_between(0.1, 0.5))
+    await anyio.sleep(_between(0.3 * pause, 1.7 * pause))
     begin = time.monotonic_ns()
     receipt = await turn.cancel(by="bench")
     received = time.monotonic_ns()

@@ -32,6 +32,8 @@ class Report(Struct):
     machine: dict[str, Any]
     rows: list[Row] = field(default_factory=list[Row])
     violations: list[str] = field(default_factory=list[str])
+    worker_log: str = ""
+    """What the workers had to say; silence is what is expected."""
 
     def add(self, bench: str, case: str, **figures: Figure) -> None:
         """Add a row."""

@@ -137,7 +137,10 @@ class Watch:
 
     def turn(self, id: str) -> TurnSeen:
         """What was seen of a turn."""
-        return self.turns.setdefault(id, TurnSeen())
+        seen = self.turns.get(id)
+        if seen is None:
+            seen = self.turns[id] = TurnSeen()
+        return seen
 
     async def until_begun(self, turn: Turn) -> TurnSeen:
         """Wait for a turn's first words.

@@ -93,7 +93,7 @@ class Fleet:
         self.place = place
         # With us, however we die, go the workers: --while-stdin.
         self._command = command(
-            "worker", agent, *place.options, "--while-stdin", "--drain", "0",
+            "--log-level", "warning", "worker", agent, *place.options, "--while-stdin", "--drain", "0",
             "--lease", f"{lease:g}", "--concurrency", f"{concurrency}",
         )  # fmt: skip
         self._env = {**os.environ, **(env or {})}

@@ -84,11 +84,15 @@ async def bench(
     console = Console()
     if not as_json:
         show_machine(console, report.machine)
-    async with open_place(url, "bench") as place:
-        for name in _BENCHES if what == "all" else (what,):
-            await _measure(name, options, report, place)
-            if not as_json:
-                show_rows(console, [row for row in report.rows if row.bench == name])
+    try:
+        async with open_place(url, "bench") as place:
+            for name in _BENCHES if what == "all" else (what,):
+                await _measure(name, options, report, place)
+                if not as_json:
+                    show_rows(console, [row for row in report.rows if row.bench == name])
+    finally:
+        if report.worker_log:
+            click.echo(f"the workers said:\n{report.worker_log}", err=True)
     if as_json:
         click.echo(msgspec.json.format(msgspec.json.encode(report), indent=2))
     for violation in sorted(set(report.violations)):

@@ -58,6 +58,7 @@ class Chat:
         self._editor = Editor(sys.stdout)
         self._changed = anyio.Event()
         self._sent = anyio.Event()
+        self._sending = 0
         self._stopping = False
         self._waits: tuple[str, float] = ("", 0.0)
         self._tasks: TaskGroup
@@ -93,7 +94,7 @@ class Chat:
         if self._renderer.question is not None:
             self._screen.end_line()
             self._editor.draw("answer› ")
-        elif self._renderer.active is None:
+        elif self._renderer.active is None and not self._sending:
             self._screen.end_line()
             self._editor.draw("› ")
         else:
@@ -141,6 +142,7 @@ class Chat:
                     return
             elif key.text.strip():
                 self._editor.hide()
+                self._sending += 1
                 await lines.send(key.text)
             self._draw()
         if not self._terminal:
@@ -187,6 +189,9 @@ class Chat:
                 # What was written is not lost.
                 self._editor.text = self._editor.text or text
                 self._say(str(error), "red")
+            finally:
+                self._sending -= 1
+                self._draw()
         self._sent.set()
 
     async def _send(self, text: str) -> None:

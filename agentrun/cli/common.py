@@ -17,6 +17,7 @@ import click
 from agentrun import Client, connect
 from agentrun.broker import BrokerAdmin
 from agentrun.errors import AgentrunError, BrokerError, Unavailable
+from agentrun.settings import ClientSettings
 
 __all__ = [
     "DURATION",
@@ -69,10 +70,10 @@ class App:
         )
 
     @asynccontextmanager
-    async def client(self) -> AsyncGenerator[Client]:
+    async def client(self, settings: ClientSettings | None = None) -> AsyncGenerator[Client]:
         """Connect as a client."""
         self.log("error")
-        async with connect(self.url, namespace=self.namespace) as client:
+        async with connect(self.url, namespace=self.namespace, settings=settings) as client:
             yield client
 
 

@@ -61,8 +61,9 @@ def _text(event: Event) -> str:
             return short(data.raw.decode(errors="replace"))
         case data:
             fields = cast("dict[str, Any]", msgspec.to_builtins(data))
-            left_out = ("type", "message", "attempt", "turn_offset", "metadata", "trace")
-            return short(" ".join(f"{k}={short(v)}" for k, v in fields.items() if k not in left_out))
+            left_out = ("type", "turn", "message", "attempt", "turn_offset", "metadata", "trace")
+            rest = (f"{name}={short(value)}" for name, value in fields.items() if name not in left_out)
+            return short(" ".join((fields.get("turn") or "", *rest)))
 
 
 @command("history")

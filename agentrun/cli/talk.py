@@ -27,9 +27,12 @@ from agentrun.cli.render import Renderer, Screen
 from agentrun.client import Session, Turn
 from agentrun.errors import InvalidInput, TurnNotFound
 from agentrun.history import Question
+from agentrun.settings import ClientSettings
 
 EXIT_CODES = {"cancelled": 0, "already_ended": 0, "not_found": 1, "pending": 3}
 """Of ``agentrun cancel``, by receipt."""
+
+_SETTINGS = ClientSettings()
 
 PATIENCE = 3.0
 """Seconds after which somebody who waits is told that no worker has taken the turn."""
@@ -141,13 +144,19 @@ async def _follow(turn: Turn, as_json: bool) -> int:
 @click.argument("turn", required=False)
 @option("--by", help="Who stops it, as readers see it.")
 @option("--reason", help="Why.")
+@option(
+    "--wait", type=DURATION, default=f"{_SETTINGS.cancel_wait:g}s", show_default=True,
+    help="Time after which a stop without an outcome is reported as pending.",
+)  # fmt: skip
 @json_option
-async def cancel(app: App, session: str, turn: str | None, by: str | None, reason: str | None, as_json: bool) -> int:
+async def cancel(
+    app: App, session: str, turn: str | None, by: str | None, reason: str | None, wait: float, as_json: bool
+) -> int:
     """Stop TURN of SESSION, or without TURN all that was sent before; print the receipt.
 
     Exit codes: 0 cancelled or already_ended, 1 not_found, 3 pending (stored, and obeyed by whoever runs it next).
     """
-    async with app.client() as client:
+    async with app.client(msgspec.structs.replace(_SETTINGS, cancel_wait=wait)) as client:
         target = client.session(session)
         stop = target.cancel if turn is None else target.turn(turn).cancel
         receipt = await stop(by=by, reason=reason)

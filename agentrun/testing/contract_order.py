@@ -17,6 +17,7 @@ from agentrun.testing.contract_players import (
     Owner,
     connections,
     everything,
+    kept,
     must_not_take,
     must_take,
     own,
@@ -26,7 +27,7 @@ from agentrun.testing.contract_players import (
 CHECKS: list[Check] = []
 
 
-@check(CHECKS, "Q2")
+@check(CHECKS, "Q2", Settings(lease_ttl=3.0))
 async def turns_run_one_at_a_time_in_order(env: Environment) -> None:
     """The turns of a session are leased one at a time, in the order they were sent."""
     async with connections(env, 2) as (one, two):
@@ -92,7 +93,8 @@ async def parked_head_waits_for_its_waker(env: Environment) -> None:
         lease = await must_take(one, "s", waker, within=PROMPT)
         owner = await Owner(one, lease).start()
         expect(str(owner.tail.pending) == f"{waker}a,3", f"the waker takes the head's place: {owner.tail.pending}")
-        await must_not_take(two, "the waker carries the turn")
+        async with kept(lease, one.capabilities.lease_ttl):
+            await must_not_take(two, "the waker carries the turn")
         await owner.finish()
         await (await own(two, "s", 3, within=PROMPT)).finish()
         await must_not_take(two, "all are settled")
@@ -127,7 +129,7 @@ async def parked_head_comes_back_at_its_deadline(env: Environment) -> None:
         await (await own(one, "s", 3, within=PROMPT)).finish()
 
 
-@check(CHECKS, "Q2")
+@check(CHECKS, "Q2", Settings(lease_ttl=3.0))
 async def inputs_of_several_agents_keep_their_order(env: Environment) -> None:
     """A session whose turns go to different agents runs them in the order sent."""
     async with connections(env, 2, AGENT, "other") as (one, two):

@@ -9,7 +9,7 @@ import anyio
 
 from agentrun.broker import Broker, BrokerAdmin, Kind
 from agentrun.errors import Misconfigured
-from agentrun.testing.contract_base import Check, Environment, check, expect
+from agentrun.testing.contract_base import Check, Environment, Settings, check, expect
 from agentrun.testing.contract_players import (
     AGENT,
     PATIENCE,
@@ -167,7 +167,7 @@ async def lease_waits_no_longer_than_asked(env: Environment) -> None:
         await must_take(broker, "s", 1, within=PROMPT)
 
 
-@check(CHECKS, "Q7")
+@check(CHECKS, "Q7", Settings(lease_ttl=3.0))
 async def each_lease_gives_one_input(env: Environment) -> None:
     """Leases asked for at once, on one connection and several, each give another input."""
     found: list[tuple[str, int]] = []
@@ -186,7 +186,7 @@ async def each_lease_gives_one_input(env: Environment) -> None:
         expect(sorted(found) == wanted, f"twelve leases must give twelve inputs: {sorted(found)}")
 
 
-@check(CHECKS, "Q8")
+@check(CHECKS, "Q8", Settings(lease_ttl=3.0))
 async def waiting_lease_wakes_up(env: Environment) -> None:
     """A lease that waits is given an input promptly when one is sent, and when the one before it settles."""
     async with connections(env, 3) as (one, two, three):
@@ -204,9 +204,10 @@ async def _prompt(broker: Broker, session: str, offset: int, act: Callable[[], A
     acted = float("inf")
 
     async def wait() -> None:
-        await must_take(broker, session, offset)
+        lease = await must_take(broker, session, offset)
         took = anyio.current_time() - acted
         expect(took < PROMPT, f"input {offset} of {session} became ready and was leased {took:.2f} s later")
+        await (await Owner(broker, lease).start()).finish()
 
     async with anyio.create_task_group() as tasks:
         tasks.start_soon(wait)
@@ -215,7 +216,7 @@ async def _prompt(broker: Broker, session: str, offset: int, act: Callable[[], A
         await act()
 
 
-@check(CHECKS, "Q1")
+@check(CHECKS, "Q1", Settings(lease_ttl=3.0))
 async def operator_sees_queues(env: Environment) -> None:
     """`setup` is idempotent, and `stats` counts what waits and what is leased."""
     async with connections(env, 1) as (broker,):

@@ -213,8 +213,8 @@ class GivesOffsetsOutAgain(Parts):
     """Forgets the offsets of deltas that have expired."""
 
     class State(MemoryState):
-        def session(self, name: str) -> StoredSession:
-            session = super().session(name)
+        def peek(self, name: str) -> StoredSession:
+            session = super().peek(name)
             session.given = session.end.offset
             return session
 

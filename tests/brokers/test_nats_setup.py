@@ -215,3 +215,16 @@ def test_connect_picks_the_broker_by_url() -> None:
             connect(url)
     with pytest.raises(InvalidInput, match="namespace"):
         connect("nats://x", namespace="a.b")
+
+
+@pytest.mark.parametrize("url", ["nats://", "nats://ann:s3cret@host:port", "nats://a,nats://:4222"])
+def test_an_unusable_url_is_refused_without_its_password(url: str) -> None:
+    with pytest.raises(InvalidInput, match="URL") as caught:
+        NatsBroker(url)
+    assert "s3cret" not in str(caught.value)
+
+
+async def test_different_kinds_of_servers_are_refused() -> None:
+    with pytest.raises(Unavailable, match="mixing"):
+        async with NatsBroker("nats://127.0.0.1:1,ws://127.0.0.1:1", connect_timeout=1.0):
+            pass

@@ -1,5 +1,4 @@
 # The agent and the backend of the README.
-# ruff: noqa: B018, F704, PLE1142
 import agentrun
 from agentrun import Context, agent
 from agentrun.adapters.litellm import litellm_stream
@@ -14,7 +13,8 @@ async def support(ctx: Context):
 async def backend(request_id: str, saved: int) -> None:
     async with agentrun.connect("nats://localhost:4222", agent="support") as client:
         session = client.session("s-42")
-        turn = await session.send("hello", id=request_id)     # idempotent
-        async for event in session.events(after=saved):       # from any offset, live
+        turn = await session.send("hello", id=request_id)  # idempotent
+        async for event in session.events(after=saved):  # from any offset, live
             saved = event.offset
-        receipt = await turn.cancel()                         # from any process
+        receipt = await turn.cancel()  # from any process
+        print(receipt.status, receipt.offset, receipt.took)

@@ -145,8 +145,21 @@ def test_closing_the_client_ends_what_waits() -> None:
     assert not thread.is_alive()
     assert [type(e) for e in ended] == [CancelledError]
     kept.close()
-    with pytest.raises(RuntimeError):
+    with pytest.raises(RuntimeError, match="client is closed"):
         session.send("too late")
+
+
+def test_a_call_that_races_the_closing_ends(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
+    loop = setting.client._loop  # pyright: ignore[reportPrivateUsage]
+    start = loop._portal.start_task_soon  # pyright: ignore[reportPrivateUsage]
+
+    def closing(function: Any) -> Any:
+        loop.close()
+        return start(function)
+
+    monkeypatch.setattr(loop._portal, "start_task_soon", closing)  # pyright: ignore[reportPrivateUsage]
+    with pytest.raises(CancelledError):
+        next(setting.session.events())
 
 
 def test_an_interrupted_call_is_taken_back(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:

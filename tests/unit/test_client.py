@@ -271,6 +271,20 @@ async def test_an_unknown_outcome_is_settled_by_sending_again(
     assert len(await stored(broker)) == 1
 
 
+async def test_a_send_of_unknown_outcome_does_not_meet_itself_as_busy(
+    broker: MemoryBroker, session: Session, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    append = broker.log.append
+
+    async def lossy(*args: Any, **options: Any) -> Any:
+        await append(*args, **options)
+        raise Unavailable("the answer was lost")
+
+    monkeypatch.setattr(broker.log, "append", lossy)
+    assert (await session.send("hello", on_busy="reject")).offset == 1
+    assert len(await stored(broker)) == 1
+
+
 async def test_a_broker_that_stays_away_is_given_up(broker: MemoryBroker, monkeypatch: pytest.MonkeyPatch) -> None:
     async def away(session: str) -> Any:
         raise Unavailable("the broker is away")

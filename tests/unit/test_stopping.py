@@ -278,6 +278,18 @@ async def test_a_stop_meets_a_turn_that_parks_meanwhile(
     assert [kind for kind, _ in await stops(broker)] == [Kind.TURN]
 
 
+async def test_a_stop_that_was_slept_through_is_repeated_to_wake(
+    session: Session, owner: Owner, broker: MemoryBroker
+) -> None:
+    turn = await session.send("a", id="t1", agent="admin")
+    await owner.start("t1", 1)
+    assert (await turn.cancel()).status == "pending"
+    await owner.ask("q1")
+    await owner.suspend("q1")
+    assert (await turn.cancel()).status == "pending"
+    assert [kind for kind, _ in await stops(broker)] == [Kind.CANCEL, Kind.TURN]
+
+
 async def test_a_turn_that_ends_meanwhile_gets_no_stop(
     session: Session, owner: Owner, broker: MemoryBroker, monkeypatch: pytest.MonkeyPatch
 ) -> None:

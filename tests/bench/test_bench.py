@@ -1,0 +1,102 @@
+"""Each bench once, in its smallest form: that it runs, and that nothing was lost or double. Never how fast."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+
+
+def run(*arguments: str, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "agentrun", "bench", *arguments],
+        capture_output=True,
+        text=True,
+        timeout=55,
+        env={**os.environ, **(env or {})},
+    )
+
+
+def measure(*arguments: str) -> dict[str, dict[str, Any]]:
+    done = run(*arguments, "--json")
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
+    assert report["violations"] == []
+    assert report["worker_log"] == ""
+    assert report["machine"]["cores"] >= 1
+    assert {row["bench"] for row in report["rows"]} == {arguments[0]}
+    return {row["case"]: row["figures"] for row in report["rows"]}
+
+
+def test_turns() -> None:
+    rows = measure("turns", "--sessions", "1,3", "--rounds", "2", "--seconds", "1")
+    assert list(rows) == ["1 sessions", "3 sessions"]
+    for sessions, figures in zip((1, 3), rows.values(), strict=True):
+        assert figures["turns_measured"] == 2 * sessions
+        assert 0 < figures["send_stored_p50_ms"] < figures["turn_started_p50_ms"] < figures["first_token_p50_ms"]
+        assert figures["first_token_p50_ms"] <= figures["first_token_p90_ms"] <= figures["first_token_p99_ms"]
+        assert figures["turns_per_s"] > 0
+
+
+def test_tokens() -> None:
+    (figures,) = measure("tokens", "--sessions", "2", "--seconds", "0.5").values()
+    assert figures["tokens"] == 2 * 25
+    assert figures["lost"] == figures["doubled"] == 0
+    assert 0 < figures["latency_p50_ms"] <= figures["latency_p99_ms"] <= figures["latency_max_ms"]
+    assert 0 < figures["appends_per_token"] <= 1
+    assert figures["slowest_turn_tokens_per_s"] > 0
+    assert {"worker_cpu_per_token_us", "server_cpu_per_token_us", "reader_cpu_per_token_us"} <= set(figures)
+
+
+def test_cancel() -> None:
+    (figures,) = measure("cancel", "--sessions", "2", "--rounds", "1").values()
+    assert figures["stops_measured"] == 2
+    assert figures["receipts"] == "2 cancelled"
+    assert figures["receipt_p50_ms"] > 0
+    assert figures["stopped_p50_ms"] > 0
+
+
+def test_resume() -> None:
+    rows = measure("resume", "--events", "300", "--rounds", "1", "--readers", "5", "--seconds", "1")
+    assert [figures["events"] for figures in list(rows.values())[:3]] == [300, 150, 100]
+    # The turn before it, a request, a start, 50 words and an end.
+    assert rows["5 join late"]["exact"] == "5 of 5"
+    assert rows["5 join late"]["events"] > 50
+
+
+def test_takeover() -> None:
+    (figures,) = measure("takeover", "--sessions", "3", "--kills", "1", "--lease", "1").values()
+    assert figures["kills"] == 1
+    assert figures["turns_taken_over"] >= 2
+    assert figures["turns_taken_over"] + figures["turns_not_concerned"] == 3
+    assert figures["lost"] == figures["doubled"] == 0
+    assert 0 < figures["next_token_min_s"] <= figures["next_token_max_s"]
+
+
+def test_a_table_for_people() -> None:
+    done = run("tokens", "--sessions", "1", "--seconds", "0.2")
+    assert done.returncode == 0, done.stderr
+    assert "latency p50 ms" in done.stdout
+    assert "nats-server" in done.stdout
+
+
+def test_what_processes_cannot_share_is_refused() -> None:
+    done = run("tokens", "--url", "memory://x")
+    assert done.returncode == 1
+    assert "lives in one process" in done.stderr
+
+
+def test_a_broker_named_in_the_environment_is_left_alone() -> None:
+    done = run("tokens", "--sessions", "1", "--seconds", "0.2", env={"AGENTRUN_URL": "nats://127.0.0.1:1"})
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("sessions", ["0", "many", "1,,2"])
+def test_sessions_that_are_no_numbers(sessions: str) -> None:
+    done = run("tokens", "--sessions", sessions)
+    assert done.returncode == 2
+    assert "1,20,50" in done.stderr

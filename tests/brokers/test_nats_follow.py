@@ -1,0 +1,186 @@
+"""Joining what is stored with what comes, when live messages are lost and connections break."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import AsyncGenerator
+
+import anyio
+import anyio.to_thread
+import pytest
+
+from agentrun.broker import Kind, Pending, Tail
+from agentrun.brokers import nats_follow
+from agentrun.brokers.nats import NatsBroker
+from agentrun.brokers.nats_follow import Follower
+from agentrun.brokers.nats_link import Msg
+from agentrun.brokers.server import NatsServer
+from agentrun.errors import SessionGone
+from agentrun.testing import Settings
+from tests.brokers.nats_environment import NatsEnvironment, NatsEnvironments, Proxy
+
+
+@pytest.fixture
+async def env(nats_environments: NatsEnvironments) -> AsyncGenerator[NatsEnvironment]:
+    async with nats_environments(Settings()) as environment:
+        yield environment
+
+
+async def write(broker: NatsBroker, session: str, count: int, *, pause: float = 0.0, inputs: bool = False) -> Tail:
+    tail = await broker.log.last(session)
+    for n in range(count):
+        kind = random.choice([Kind.EVENT, Kind.DELTA, Kind.CANCEL]) if inputs else Kind.DELTA
+        kind = Kind.EVENT if n == count - 1 else kind
+        tail = await broker.log.append(session, str(tail.next).encode(), kind=kind, after=tail, pending=Pending())
+        if pause:
+            await anyio.sleep(pause)
+    return tail
+
+
+async def follow_to(broker: NatsBroker, session: str, after: int, end: int, *, deltas: bool = True) -> list[int]:
+    seen: list[int] = []
+    async with broker.log.follow(session, after=after, deltas=deltas) as lists:
+        async for records in lists:
+            assert records
+            assert all(r.body == str(r.offset).encode() for r in records)
+            seen += [r.offset for r in records]
+            if seen[-1] >= end:
+                return seen
+    raise AssertionError("a follow never ends by itself")
+
+
+class Forgetful(Follower):
+    """A follower to whom every third live message does not get through."""
+
+    async def _on_live(self, msg: Msg) -> None:
+        if random.random() > 0.3:
+            await super()._on_live(msg)
+
+
+async def test_a_hundred_readers_join_a_fast_writer_at_any_offset(
+    env: NatsEnvironment, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("agentrun.brokers.nats_log.Follower", Forgetful)
+    monkeypatch.setattr(nats_follow, "IDLE", 0.3)
+    end = 600
+    async with env.broker() as writer, env.broker() as readers:
+        await write(writer, "s", 200)
+
+        async def read(after: int, delay: float, deltas: bool) -> None:
+            await anyio.sleep(delay)
+            seen = await follow_to(readers, "s", after, end, deltas=deltas)
+            if deltas:
+                assert seen == list(range(after + 1, end + 1))
+            else:
+                wanted = [r.offset for r in await readers.log.read("s", after=after, deltas=False)]
+                assert seen == wanted
+
+        async with anyio.create_task_group() as tasks:
+            for n in range(110):
+                tasks.start_soon(read, random.randrange(400), random.random(), n % 10 != 0)
+            await write(writer, "s", 400, inputs=True)
+
+
+async def test_a_lost_last_message_is_found(env: NatsEnvironment, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Deaf(Follower):
+        async def _on_live(self, msg: Msg) -> None:
+            pass
+
+    monkeypatch.setattr("agentrun.brokers.nats_log.Follower", Deaf)
+    async with env.broker() as broker, broker.log.follow("s") as lists:
+        with anyio.fail_after(5):
+            await write(broker, "s", 1)
+            assert [r.offset for r in await anext(lists)] == [1]
+
+
+async def test_following_goes_on_when_connections_break(env: NatsEnvironment) -> None:
+    async with Proxy(env.server.port) as proxy, env.broker(proxy.url) as readers, env.broker() as writer:
+        seen: dict[int, list[int]] = {}
+
+        async def read(n: int) -> None:
+            seen[n] = await follow_to(readers, "s", 0, 150, deltas=n % 2 == 0)
+
+        async with anyio.create_task_group() as tasks:
+            for n in range(6):
+                tasks.start_soon(read, n)
+            tasks.start_soon(cut_often, proxy)
+            await write(writer, "s", 150, pause=0.005, inputs=True)
+        rest = [r.offset for r in await writer.log.read("s", deltas=False)]
+        assert [seen[n] for n in range(6)] == [list(range(1, 151)), rest] * 3
+
+
+async def cut_often(proxy: Proxy) -> None:
+    for _ in range(3):
+        await anyio.sleep(0.25)
+        proxy.cut()
+
+
+async def test_following_goes_on_when_the_server_restarts() -> None:
+    async with NatsServer() as server, NatsBroker(server.url, check=False) as broker:
+        await broker.setup()
+        seen: list[int] = []
+
+        async def read() -> None:
+            seen.extend(await follow_to(broker, "s", 0, 40))
+
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(read)
+            await write(broker, "s", 20)
+            await anyio.to_thread.run_sync(server.restart)
+            await write_when_back(broker, 20)
+        assert seen == list(range(1, 41))
+
+
+async def write_when_back(broker: NatsBroker, count: int) -> None:
+    with anyio.fail_after(15):
+        await write(broker, "s", count)
+
+
+async def test_a_slow_reader_keeps_a_bounded_buffer_and_loses_nothing(
+    env: NatsEnvironment, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(nats_follow, "BUFFER", 20)
+    async with env.broker() as broker, broker.log.follow("s") as lists:
+        await write(broker, "s", 5)
+        seen = [r.offset for r in await anext(lists)]
+        await write(broker, "s", 300)
+        assert isinstance(lists, Follower)
+        assert len(lists._buffer) <= 20
+        while seen[-1] < 305:
+            seen += [r.offset for r in await anext(lists)]
+        assert seen == list(range(1, 306))
+
+
+async def test_a_cursor_spares_the_search_and_a_wrong_one_does_no_harm(env: NatsEnvironment) -> None:
+    async with env.broker() as broker:
+        await write(broker, "other", 50)
+        await write(broker, "s", 300)
+        at = {r.offset: r.cursor for r in await broker.log.read("s")}
+        costs: dict[str, int] = {}
+        for name, cursor in {"right": at[150], "none": 0, "wrong": at[151], "foreign": 3, "beyond": 10**6}.items():
+            before = broker._core.reads.client.stats["out_msgs"]
+            async with broker.log.follow("s", after=150, cursor=cursor) as lists:
+                assert (await anext(lists))[0].offset == 151
+            costs[name] = broker._core.reads.client.stats["out_msgs"] - before
+        assert costs["right"] < costs["none"]
+
+
+async def test_a_deleted_session_ends_the_follow(env: NatsEnvironment) -> None:
+    async with env.broker() as broker, broker.log.follow("s") as lists:
+        await write(broker, "s", 3)
+        await anext(lists)
+        await broker.log.delete("s")
+        with anyio.fail_after(6), pytest.raises(SessionGone):
+            await anext(lists)
+
+
+async def test_an_abandoned_follow_leaves_no_subscription(env: NatsEnvironment) -> None:
+    async with env.broker() as broker:
+        before = len(broker._core.reads.client._subs)
+        await write(broker, "s", 1)
+        for deltas in (True, False):
+            with anyio.move_on_after(0.1):
+                async with broker.log.follow("s", after=1, deltas=deltas) as lists:
+                    await anext(lists)
+        assert len(broker._core.reads.client._subs) == before
+        assert broker._core.reads.on_reconnect == set()

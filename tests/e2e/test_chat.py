@@ -1,0 +1,132 @@
+"""``agentrun chat``, in a terminal of its own and from a pipe."""
+
+from __future__ import annotations
+
+import signal
+
+from tests.e2e.processes import Cli, Terminal
+
+PROMPT = r"› $"
+
+
+def _chat(cli: Cli, *arguments: object) -> Terminal:
+    terminal = cli.terminal("chat", *arguments)
+    terminal.until(PROMPT)
+    return terminal
+
+
+def test_a_line_is_sent_and_its_answer_streams(shared: Cli, session: str) -> None:
+    chat = _chat(shared, session)
+    chat.type("helo\x7flo wörld\r")
+    chat.until("› hello wörld\r\n")
+    chat.until("hello wörld")
+    chat.until(PROMPT)
+    chat.type("count 5 100\r")
+    chat.until("w0 ")
+    chat.type("typed meanwhile")
+    chat.until("w4 ")
+    chat.until("› typed meanwhile$")
+    chat.type("\x15\x04")
+    assert chat.wait() == 0
+    assert chat.restored
+    states = [turn["state"] for turn in shared.run("history", session, "--json").json["turns"]]
+    assert states == ["completed", "completed"]
+
+
+def test_ctrl_c_stops_the_turn_and_then_leaves(shared: Cli, session: str) -> None:
+    chat = _chat(shared, session, "--user", "ann")
+    chat.type("count 1000 20\r")
+    chat.until("w5 ")
+    chat.type("\x03")
+    chat.until("stopped by ann")
+    chat.until(r"receipt: cancelled at offset \d+, \d")
+    chat.until(PROMPT)
+    chat.type("half a line")
+    chat.until("half a line$")
+    chat.type("\x03")
+    chat.until(PROMPT)
+    chat.type("still here\r")
+    chat.until("\nstill here")
+    chat.until(PROMPT)
+    chat.type("\x03")
+    assert chat.wait() == 0
+    assert chat.restored
+
+
+def test_a_signal_stops_the_turn_as_ctrl_c_does(shared: Cli, session: str) -> None:
+    chat = _chat(shared, session)
+    chat.type("count 1000 20\r")
+    chat.until("w5 ")
+    chat.process.send_signal(signal.SIGINT)
+    chat.until("receipt: cancelled")
+    chat.until(PROMPT)
+    chat.process.send_signal(signal.SIGTERM)
+    assert chat.wait() == 0
+    assert chat.restored
+
+
+def test_questions_are_asked_and_answered_inline(shared: Cli, session: str) -> None:
+    chat = _chat(shared, session)
+    chat.type("approve 3 1\r")
+    chat.until(r"⚙ deploy")
+    chat.until(r"\? Deploy\? \[y/n\]")
+    chat.until("answer› $")
+    chat.type("perhaps\r")
+    chat.until("answer yes or no")
+    chat.type("\x15y\r")
+    chat.until("answered: true")
+    chat.until("deployed")
+    chat.until("w2 ")
+    chat.until(PROMPT)
+    chat.type("approve 3 1\r")
+    chat.until("answer› $")
+    view = shared.run("history", session, "--json").json["turns"][-1]
+    shared.run("answer", session, view["turn"], "no", "--user", "bob")
+    chat.until("answered by bob: false")
+    chat.until("left undone")
+    chat.until(PROMPT)
+
+
+def test_who_joins_sees_what_was_said_and_what_others_say(shared: Cli, session: str) -> None:
+    shared.run("send", session, "said before")
+    shared.run("send", session, "count 60 50", "--no-follow", "--user", "bob")
+    shared.events_until(session, "text.delta", 4)
+    chat = shared.terminal("chat", session)
+    chat.until("› said before\r\nsaid before\r\n")
+    chat.until("bob› count 60 50\r\n")
+    shown = "".join(chat.until(f"w{i} ")[0] for i in range(60))
+    assert shown == "".join(f"w{i} " for i in range(60))
+    chat.until(PROMPT)
+    shared.run("send", session, "from elsewhere", "--user", "bob")
+    chat.until("bob› from elsewhere\r\nfrom elsewhere")
+    chat.until(PROMPT)
+
+
+def test_a_takeover_is_told(cli: Cli, session: str) -> None:
+    first = cli.worker("first")
+    chat = _chat(cli, session)
+    chat.type("count 40 50\r")
+    chat.until("w5 ")
+    cli.worker("second")
+    first.signal(signal.SIGKILL)
+    chat.until(r"worker first died; second goes on \(attempt 2\)")
+    chat.until("w39 ")
+    text = chat.text.replace("\r\n", "")
+    assert all(text.count(f"w{i} ") == 1 for i in range(40))
+
+
+def test_that_nobody_comes_is_told(cli: Cli, session: str) -> None:
+    chat = _chat(cli, session, "--agent", "echo")
+    chat.type("anyone?\r")
+    chat.until("no worker for echo has taken the turn yet")
+    cli.worker("late")
+    chat.until("\nanyone\\?")
+
+
+def test_lines_from_a_pipe_are_sent_one_after_the_other(shared: Cli, session: str) -> None:
+    result = shared.run("chat", session, stdin="count 3 20\napprove 1 1\nyes\nlast words")
+    assert "\x1b" not in result.out
+    lines = [line.strip() for line in result.out.splitlines()]
+    assert lines[:2] == ["› count 3 20", "w0 w1 w2"]
+    assert "answered: true" in lines
+    assert lines[-2:] == ["› last words", "last words"]

@@ -1,0 +1,379 @@
+"""The commands, each as a process of its own."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from agentrun.brokers.server import NatsServer
+from tests.e2e.processes import ROOT, Cli, environment, new_cli
+
+# ------------------------------------------------------------------------------------------------------- send
+
+
+def test_send_streams_the_answer_to_stdout_alone(shared: Cli, session: str) -> None:
+    began = time.monotonic()
+    sending = shared.start("send", session, "count 10 150")
+    sending.until("w0 ")
+    seen_first = time.monotonic() - began
+    result = sending.wait()
+    assert result.code == 0, result
+    assert result.out.split() == [f"w{i}" for i in range(10)]
+    assert result.err == ""
+    assert time.monotonic() - began - seen_first > 0.9, "the first word came with the last"
+
+
+def test_send_again_with_the_same_id_changes_nothing(shared: Cli, session: str) -> None:
+    first = shared.run("send", session, "hello there", "--id", "t1", "--json")
+    again = shared.run("send", session, "hello there", "--id", "t1", "--json")
+    assert again.events == first.events
+    other = shared.run("send", session, "something else", "--id", "t1", code=1)
+    assert "t1" in other.err
+    assert [event.type for event in shared.log(session)].count("turn.requested") == 1
+
+
+def test_send_json_is_the_log(shared: Cli, session: str) -> None:
+    sent = shared.run("send", session, "count 3 1", "--json").events
+    tailed = shared.run("tail", session, "--json", "--no-follow").events
+    assert sent == tailed
+    assert [e["offset"] for e in tailed] == list(range(1, len(tailed) + 1))
+    assert tailed[-1]["event"]["type"] == "turn.completed"
+
+
+def test_send_takes_json_stdin_metadata_and_a_deadline(cli: Cli, session: str) -> None:
+    body = json.dumps({"role": "user", "content": "hallo"})
+    sent = cli.run(
+        *("send", session, "-", "--json-input", "--agent", "echo", "--no-follow", "--json", "--deadline", "2m"),
+        *("--metadata", "a=1", "--metadata", "b=x=y", "--user", "ann"),
+        stdin=body,
+    ).json
+    assert (sent["session"], sent["offset"]) == (session, 1)
+    (event,) = cli.log(session)
+    request = json.loads(event.raw)
+    assert request["input"] == json.loads(body)
+    assert request["metadata"] == {"a": "1", "b": "x=y"}
+    assert request["user"] == "ann"
+    assert 100 < request["deadline"] - time.time() < 121
+
+
+def test_a_turn_that_fails_is_an_exit_code(shared: Cli, session: str) -> None:
+    result = shared.run("send", session, "fail", code=1)
+    assert result.out.strip() == "I fail."
+    assert "failed: as you asked" in result.err
+
+
+def test_interrupting_send_leaves_the_turn_alone(shared: Cli, session: str) -> None:
+    sending = shared.start("send", session, "count 30 100", "--id", "t1")
+    sending.until("w2 ")
+    sending.signal(signal.SIGINT)
+    result = sending.wait()
+    assert result.code == 130
+    assert f"agentrun cancel {session} t1" in result.err
+    assert shared.result(session, "t1").text.split()[-1] == "w29"
+
+
+# ------------------------------------------------------------------------------------------------------- tail
+
+
+def test_tail_goes_on_from_the_middle_and_follows(shared: Cli, session: str) -> None:
+    shared.run("send", session, "count 40 50", "--id", "t1", "--no-follow")
+    shared.events_until(session, "text.delta", 5)
+    tailing = shared.start("tail", session, "--after", "4", "--json")
+    tailing.until(r"turn\.completed")
+    tailing.signal(signal.SIGINT)
+    result = tailing.wait()
+    assert result.code == 130
+    assert result.err == ""
+    stored = [event for event in shared.log(session) if event.offset > 4]
+    assert [e["offset"] for e in result.events] == [event.offset for event in stored]
+    assert [e["event"] for e in result.events] == [json.loads(event.raw) for event in stored]
+
+
+def test_tail_ends_quietly_when_nobody_reads(shared: Cli, session: str) -> None:
+    shared.run("send", session, "count 300 1", "--id", "t1", "--no-follow")
+    shared.result(session, "t1")
+    shell = subprocess.run(
+        f"{sys.executable} -m agentrun tail {session} | head -2",
+        shell=True,
+        env=environment(shared.url, shared.namespace),
+        cwd=ROOT,
+        capture_output=True,
+        timeout=20,
+        check=False,
+    )
+    assert len(shell.stdout.splitlines()) == 2
+    assert shell.stderr == b""
+
+
+# ------------------------------------------------------------------------------------------------------- cancel
+
+
+def test_cancel_from_another_process_gives_a_receipt(shared: Cli, session: str) -> None:
+    sending = shared.start("send", session, "count 1000 20", "--id", "t1")
+    sending.until("w3 ")
+    receipt = shared.run("cancel", session, "t1", "--by", "ann", "--reason", "enough", "--json").json
+    assert receipt["status"] == "cancelled"
+    assert 0 < receipt["took"] < 2
+    result = sending.wait()
+    assert result.code == 1
+    assert "stopped by ann: enough" in result.err
+    last = shared.log(session)[-1]
+    assert (last.type, last.offset) == ("turn.cancelled", receipt["offset"])
+    again = shared.run("cancel", session, "t1")
+    assert again.out.startswith(f"already_ended at offset {receipt['offset']}, ")
+    assert shared.run("cancel", session, "t2", code=1).out.startswith("not_found")
+
+
+def test_cancel_of_a_session_stops_all_that_waits(cli: Cli, session: str) -> None:
+    cli.worker("w")
+    for turn in ("t1", "t2", "t3"):
+        cli.run("send", session, "count 1000 20", "--id", turn, "--no-follow")
+    cli.events_until(session, "text.delta", 2)
+    assert cli.run("cancel", session, "--json").json["status"] == "cancelled"
+    turns = cli.run("history", session, "--json").json["turns"]
+    assert [turn["state"] for turn in turns] == ["cancelled"] * 3
+
+
+def test_cancel_with_nobody_there_is_pending(cli: Cli, session: str) -> None:
+    cli.run("send", session, "hello", "--agent", "echo", "--id", "t1", "--no-follow")
+    assert cli.run("cancel", session, "t1", "--wait", "500ms", code=3).out.startswith("pending")
+    cli.worker("w")
+    assert cli.events_until(session, "turn.cancelled")[-1].turn == "t1"
+
+
+# ------------------------------------------------------------------------------------------------------- answer
+
+
+def test_answer_approves_and_refuses(shared: Cli, session: str) -> None:
+    sending = shared.start("send", session, "approve 3 1", "--id", "t1")
+    sending.until(r"agentrun answer \S+ t1 deploy", err=True)
+    assert shared.run("answer", session, "t1", "maybe", code=1).err.startswith("agentrun: answer yes or no")
+    assert "deploy is answered" in shared.run("answer", session, "t1", "yes", "--user", "ann").out
+    assert sending.wait().out.split()[-1] == "w2"
+
+    sending = shared.start("send", session, "approve 3 1", "--id", "t2")
+    sending.until(r"agentrun answer \S+ t2 deploy", err=True)
+    shared.run("answer", session, "t2", "deploy", "no")
+    assert "left undone" in sending.wait().out
+    assert "answered" in shared.run("answer", session, "t2", "deploy", "yes", code=1).err
+
+
+# ------------------------------------------------------------------------------------------------------- looking
+
+
+def test_status_tells_queues_workers_and_turns(shared: Cli, session: str) -> None:
+    shared.run("send", session, "count 1000 20", "--id", "t1", "--no-follow")
+    shared.events_until(session, "text.delta")
+    found = shared.run("status", "--json").json
+    (queue,) = found["agents"]
+    (worker,) = found["workers"]
+    assert (queue["agent"], queue["lease_ttl"], queue["leased"]) == ("echo", 2.0, 1)
+    assert (worker["worker"], worker["agents"], worker["slots"]) == ("shared", ["echo"], 50)
+    (running,) = worker["running"]
+    assert (running["session"], running["turn"], running["attempt"]) == (session, "t1", 1)
+    shown = shared.run("status").out
+    assert session in shown
+    assert "1/50" in shown
+    shared.run("cancel", session)
+
+
+def test_history_shows_the_conversation(shared: Cli, session: str) -> None:
+    shared.run("send", session, "hello you")
+    shared.run("send", session, "fail", code=1)
+    shown = shared.run("history", session).out
+    assert shown.splitlines() == ["› hello you", "hello you", "› fail", "I fail. ", "■ failed: as you asked"]
+    found = shared.run("history", session, "--json").json
+    assert [turn["state"] for turn in found["turns"]] == ["completed", "failed"]
+    assert found["messages"][0] == {"role": "user", "content": "hello you"}
+    assert found["offset"] == shared.log(session)[-1].offset
+
+
+def test_delete_wants_to_be_sure(shared: Cli, session: str) -> None:
+    shared.run("send", session, "hello")
+    assert "--yes" in shared.run("delete", session, code=2).err
+    shared.run("delete", session, "--yes")
+    assert shared.run("tail", session, "--no-follow").out == ""
+    assert "no turns" in shared.run("history", session, code=1).err
+
+
+# ------------------------------------------------------------------------------------------------------- workers
+
+
+def test_sigterm_hands_the_turn_over_uncharged(cli: Cli, session: str) -> None:
+    first = cli.worker("first", "--drain", "0.5")
+    sending = cli.start("send", session, "count 60 50", "--id", "t1")
+    sending.until("w5 ")
+    cli.worker("second", "--max-attempts", "1")
+    first.signal(signal.SIGTERM)
+    assert first.wait().code == 0
+    result = sending.wait()
+    assert result.code == 0, result
+    assert result.out.split() == [f"w{i}" for i in range(60)]
+    assert "second goes on (attempt 2)" in result.err
+    types = [event.type for event in cli.log(session)]
+    assert types.count("turn.released") == 1
+    assert types.count("turn.started") == 2
+
+
+def test_a_second_sigterm_does_not_wait(cli: Cli, session: str) -> None:
+    worker = cli.worker("w", "--drain", "60")
+    cli.run("send", session, "count 1000 50", "--id", "t1", "--no-follow")
+    cli.events_until(session, "text.delta")
+    worker.signal(signal.SIGTERM)
+    worker.until("draining, 1 turns", err=True)
+    began = time.monotonic()
+    worker.signal(signal.SIGTERM)
+    result = worker.wait()
+    assert result.code == 0
+    assert time.monotonic() - began < 5
+    assert cli.log(session)[-1].type == "turn.released"
+
+
+def test_a_worker_with_nothing_to_do_ends_at_once(cli: Cli) -> None:
+    worker = cli.worker("w")
+    worker.signal(signal.SIGINT)
+    assert worker.wait(5).code == 0
+
+
+# ------------------------------------------------------------------------------------------------------- settings
+
+
+def test_every_option_is_an_environment_variable(server: NatsServer, session: str) -> None:
+    cli = new_cli(server)
+    try:
+        worker = cli.start(
+            "worker",
+            env={
+                "AGENTRUN_AGENTS": "workers.echo:echo",
+                "AGENTRUN_NAME": "from-env",
+                "AGENTRUN_CONCURRENCY": "7",
+                "AGENTRUN_LEASE": "3s",
+            },
+        )
+        worker.until("worker from-env runs echo", err=True)
+        found = cli.run("status", env={"AGENTRUN_JSON": "1"}).json
+        assert (found["workers"][0]["slots"], found["agents"][0]["lease_ttl"]) == (7, 3.0)
+        cli.run("send", session, "hi", env={"AGENTRUN_AGENT": "echo"})
+        assert "hi" in cli.run("history", env={"AGENTRUN_SESSION": session}).out
+        elsewhere = cli.run("history", session, "--namespace", "elsewhere", code=1)
+        assert "elsewhere" in elsewhere.err, "an option after the command wins over the environment"
+    finally:
+        cli.end()
+
+
+# ------------------------------------------------------------------------------------------------------- errors
+
+
+def one_line(text: str) -> str:
+    assert text.startswith("agentrun: "), text
+    assert text.count("\n") == 1, text
+    return text
+
+
+@pytest.mark.parametrize(
+    ("spec", "says"),
+    [
+        ("nowhere:x", "there is no module nowhere"),
+        ("workers.echo:nope", "its agents: echo"),
+        ("workers.echo:_count", "decorate it with @agent"),
+        ("workers.echo", "module:name"),
+    ],
+)
+def test_an_agent_that_cannot_be_had_is_told_in_a_line(shared: Cli, spec: str, says: str) -> None:
+    assert says in one_line(shared.run("worker", spec, code=2).err)
+
+
+def test_errors_are_a_line_that_says_what_to_do(shared: Cli, session: str) -> None:
+    unreachable = shared.start("send", session, "hi", "--agent", "echo", "--url", "nats://127.0.0.1:1")
+    not_set_up = shared.run("status", "--namespace", "nothing-here", code=1)
+    assert "agentrun setup" in one_line(not_set_up.err)
+    assert "session's id" in one_line(shared.run("tail", "no/such id", code=1).err)
+    assert "turn's id" in one_line(shared.run("send", session, "hi", "--id", "a b", code=1).err)
+    assert "no turn t9" in one_line(shared.run("answer", session, "t9", "yes", code=1).err)
+    beyond = shared.run("tail", session, "--after", "7", code=1)
+    assert "after=0" in one_line(beyond.err)
+    result = unreachable.wait()
+    assert result.code == 1
+    assert "agentrun dev" in one_line(result.err)
+
+
+def test_two_agents_leave_send_with_a_question(cli: Cli, session: str) -> None:
+    nobody = cli.run("send", session, "hi", code=2)
+    assert "--agent" in one_line(nobody.err)
+
+
+def test_setup_says_what_it_does(server: NatsServer) -> None:
+    cli = Cli(server.url, "setup-test")
+    try:
+        dry = cli.run("setup", "--dry-run", "--partitions", "2").out
+        assert dry.count("would create stream") == 2
+        assert cli.run("setup", "--partitions", "2", "--delta-ttl", "2h", "--json").json["dry_run"] is False
+        assert "nothing to do" in cli.run("setup").out
+        assert "partitions" in one_line(cli.run("setup", "--partitions", "3", code=1).err)
+    finally:
+        cli.end()
+
+
+# ------------------------------------------------------------------------------------------------------- dev
+
+
+def test_dev_starts_restarts_and_stops_cleanly(server: NatsServer, session: str, tmp_path: Path) -> None:
+    cli = Cli(server.url, "default")
+    try:
+        dev = cli.start("dev", "--port", "0", "--data", tmp_path / "kept", "--lease", "2")
+        cli.url = dev.until(r"server +(nats://\S+?),")[1]
+        dev.until("dev-1 runs echo")
+        dev.until("dev-2 runs echo")
+        workers = cli.run("status", "--json").json["workers"]
+        assert [w["worker"] for w in workers] == ["dev-1", "dev-2"]
+        os.kill(workers[0]["pid"], signal.SIGKILL)
+        dev.until(r"dev-1 \| died of signal 9.*started again")
+        assert cli.run("send", session, "hello").out.strip() == "hello"
+        dev.until(r"(?s)started again.*dev-1 runs echo")
+        pids = [w["pid"] for w in cli.run("status", "--json").json["workers"]]
+        dev.signal(signal.SIGINT)
+        result = dev.wait()
+        assert result.code == 0, result
+        assert result.out.endswith("stopped\n")
+        for pid in pids:
+            with pytest.raises(ProcessLookupError):
+                os.kill(pid, 0)
+        with pytest.raises(ConnectionRefusedError):
+            socket.create_connection(("127.0.0.1", int(cli.url.rpartition(":")[2])))
+        assert (tmp_path / "kept").is_dir()
+    finally:
+        cli.end()
+
+
+def test_dev_that_is_killed_leaves_nothing(server: NatsServer) -> None:
+    cli = Cli(server.url, "default")
+    try:
+        dev = cli.start("dev", "--port", "0", "--ephemeral", "--workers", "1")
+        cli.url = dev.until(r"server +(nats://\S+?),")[1]
+        dev.until("dev-1 runs echo")
+        (worker,) = cli.run("status", "--json").json["workers"]
+        dev.signal(signal.SIGKILL)
+        dev.process.wait()
+        end = time.monotonic() + 15
+        while Path(f"/proc/{worker['pid']}").exists():
+            assert time.monotonic() < end, "the worker is still there"
+            time.sleep(0.1)
+    finally:
+        cli.end()
+
+
+def test_dev_gives_up_on_agents_it_cannot_load(server: NatsServer) -> None:
+    cli = Cli(server.url, "default")
+    try:
+        result = cli.run("dev", "nowhere:x", "--port", "0", "--ephemeral", code=2)
+        assert "there is no module nowhere" in result.out
+    finally:
+        cli.end()

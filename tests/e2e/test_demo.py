@@ -1,0 +1,73 @@
+"""The demonstration, as a person starts it: what its table counts."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+
+import anyio
+
+from agentrun.testing.openai_server import FakeOpenAI, Refuse
+
+COLUMNS = "140"
+
+
+def command(*arguments: str) -> list[str]:
+    return [sys.executable, "-m", "agentrun", "demo", *arguments]
+
+
+def environment(**more: str) -> dict[str, str]:
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("AGENTRUN_")}
+    return {**kept, "COLUMNS": COLUMNS, **more}
+
+
+def table(output: str) -> dict[str, tuple[str, str]]:
+    rows = [re.split(r"\s{2,}", line.strip()) for line in output.partition("What was seen, counted")[2].splitlines()]
+    return {row[0]: (row[1], row[2]) for row in rows if len(row) == 3}
+
+
+def test_the_demonstration_counts_what_it_shows() -> None:
+    done = subprocess.run(command("--speed", "5"), capture_output=True, text=True, timeout=55, env=environment())
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = table(done.stdout)
+    assert {good for _, good in rows.values()} == {"ok"}
+    assert rows["events read by reader 1 / reader 2 / identical"][0] == "83 / 83 / 83"
+    for what in ("the stream", "the answer of two workers", "the approved answer"):
+        assert rows[f"{what}: words received / doubled / missing"][0] == "80 of 80 / 0 / 0"
+    assert re.fullmatch(r"cancelled / \d+\.\d / 0", rows["stop: receipt / ms / words after it"][0])
+    assert re.fullmatch(r"\d+\.\d s", rows["takeover: kill to next word"][0])
+    assert rows["approval: asked / answered"][0] == "1 / 1"
+    live, again, same = rows["all events, live / read again / identical"][0].split(" / ")
+    assert live == again == same
+    assert "went on from what was stored" in done.stdout
+    assert done.stderr == ""
+
+
+async def test_the_same_with_a_model() -> None:
+    async with FakeOpenAI(delay=0.1) as model:
+        variables = environment(AGENTRUN_MODEL="openai/some", AGENTRUN_API_BASE=model.url, OPENAI_API_KEY="none")
+        done = await anyio.run_process(command(), env=variables, check=False)
+        stopped = len(model.disconnects)
+    output = done.stdout.decode()
+    assert done.returncode == 0, output + done.stderr.decode()
+    rows = table(output)
+    assert {good for _, good in rows.values()} == {"ok"}
+    assert "the model openai/some" in output
+    one, two, same = rows["events read by reader 1 / reader 2 / identical"][0].split(" / ")
+    assert one == two == same
+    assert rows["the stream"][0].endswith("words, completed")
+    assert rows["the answer of two workers"][0].endswith("words, completed")
+    assert rows["stop: receipt / ms / words after it"][0].startswith("cancelled / ")
+    # The stopped answer, and the one whose worker was killed: the provider was told both times.
+    assert stopped == 2
+
+
+async def test_a_model_that_refuses_is_said_so() -> None:
+    async with FakeOpenAI() as model:
+        model.script(Refuse(401, "wrong key"))
+        variables = environment(AGENTRUN_MODEL="openai/some", AGENTRUN_API_BASE=model.url, OPENAI_API_KEY="none")
+        done = await anyio.run_process(command(), env=variables, check=False)
+    assert done.returncode == 1
+    assert "wrong key" in done.stderr.decode()
