@@ -66,7 +66,7 @@ class Keeper:
     def _run(self) -> None:
         step = min(self._every, self._report) / 2
         next_extension = time.monotonic() + self._every
-        reported = False
+        reported = given_up = False
         while not self._stop.wait(step):
             now = time.monotonic()
             blocked = now - self._alive
@@ -79,6 +79,10 @@ class Keeper:
                 next_extension = now + self._every
                 if blocked < self._limit:
                     self._extend()
+                    given_up = False
+                elif not given_up:
+                    given_up = True
+                    log.error("the event loop has been blocked for %.0f s: its leases are given up", blocked)
             try:
                 self._loop.call_soon_threadsafe(self._mark)
             except RuntimeError:

@@ -144,6 +144,9 @@ class Follower:
             self._bytes -= len(stored.body)
             if stored.seq < self._next:
                 continue
+            if stored.offset <= after and not self._existed:
+                self._next = stored.seq + 1  # the offset asked for is still to come
+                continue
             if stored.offset != after + 1:
                 self._behind = True
                 break

@@ -181,11 +181,11 @@ def stored_of(headers: Mapping[str, str], body: bytes) -> Stored:
     )
 
 
-def parse_headers(block: bytes) -> dict[str, str]:
-    """A header block as the API returns it."""
+def parse_headers(lines: bytes) -> dict[str, str]:
+    """The headers in a block, without or with its version line."""
     out: dict[str, str] = {}
-    for line in block.split(b"\r\n")[1:]:
-        name, colon, value = line.partition(b":")
+    for line in lines.decode("utf-8", "replace").split("\r\n"):
+        name, colon, value = line.partition(":")
         if colon:
-            out[name.decode("ascii", "replace").strip()] = value.decode("utf-8", "replace").strip()
+            out[name] = value.strip()
     return out

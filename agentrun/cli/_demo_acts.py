@@ -155,9 +155,11 @@ class Show(Struct):
         view = self.reader.history.turns[turn.id]
         pieces = "".join(self.reader.said(turn))
         if self.script.words is None:
-            stored = view.message.text if view is not None else ""
-            good = view is not None and view.state == "completed" and (pieces == stored or view.attempt > 1)
-            self.count(what, f"{len(stored.split())} words, {view.state if view else 'lost'}", good)
+            started = _last_started(self.reader, turn)
+            whole = pieces == view.message.text or (started.attempt > 1 and started.resumes_from is None)
+            self.count(
+                what, f"{len(view.message.text.split())} words, {view.state}", view.state == "completed" and whole
+            )
             return
         words = Words()
         for word in pieces.split():

@@ -242,6 +242,10 @@ class Cli:
 
         return anyio.run(main)
 
+    def send(self, session: str, text: str, id: str, **more: Any) -> None:
+        """Send a turn with the library's client: what a test needs before it begins."""
+        self.ask(lambda client: client.session(session, agent="echo").send(text, id=id, **more))
+
     def log(self, session: str, after: int = 0) -> list[Event]:
         """The session's events as they are stored now."""
 

@@ -65,7 +65,7 @@ def test_p2_one_turn_at_a_time_in_the_order_sent(cli: Cli, session: str) -> None
     first = cli.worker("first")
     cli.worker("second")
     for turn in ("t1", "t2", "t3", "t4", "t5"):
-        cli.run("send", session, "count 20 40", "--id", turn, "--no-follow")
+        cli.send(session, "count 20 40", turn)
     runner = cli.events_until(session, "turn.started")[-1].data
     assert isinstance(runner, TurnStarted)
     if runner.worker == "first":
@@ -81,10 +81,10 @@ def test_p3_one_terminal_event_per_turn(cli: Cli, session: str) -> None:
     first = cli.worker("first")
     cli.run("send", session, "hello", "--id", "completes")
     cli.run("send", session, "fail", "--id", "fails", code=1)
-    cli.run("send", session, "count 90 50", "--id", "moves", "--no-follow")
-    cli.run("send", session, "hello", "--id", "stopped-waiting", "--no-follow")
-    cli.run("send", session, "hello", "--id", "expires", "--no-follow", "--deadline", "1s")
-    cli.run("send", session, "count 1000 20", "--id", "stopped-running", "--no-follow")
+    cli.send(session, "count 40 50", "moves")
+    cli.send(session, "hello", "stopped-waiting")
+    cli.send(session, "hello", "expires", deadline=1.0)
+    cli.send(session, "count 1000 20", "stopped-running")
     assert cli.run("cancel", session, "stopped-waiting", "--json").json["status"] == "cancelled"
     first.signal(signal.SIGKILL)
     cli.worker("second")
@@ -105,13 +105,13 @@ def test_p3_one_terminal_event_per_turn(cli: Cli, session: str) -> None:
 
 def test_p4_no_zombie_writes(cli: Cli, session: str) -> None:
     zombie = cli.worker("zombie")
-    cli.run("send", session, "count 130 40", "--id", "t1", "--no-follow")
+    cli.send(session, "count 60 40", "t1")
     cli.events_until(session, "text.delta", 5)
     zombie.signal(signal.SIGSTOP)
     cli.worker("second")
     cli.events_until(session, "turn.started", 2)
     zombie.signal(signal.SIGCONT)
-    assert cli.result(session, "t1").text.split() == words(130)
+    assert cli.result(session, "t1").text.split() == words(60)
     events = cli.log(session)
     attempts = [e.data.attempt for e in events if isinstance(e.data, (TurnStarted, TextDelta, *TERMINAL))]
     assert attempts == sorted(attempts), "an attempt wrote after the next one had begun"
@@ -124,23 +124,23 @@ def test_p4_no_zombie_writes(cli: Cli, session: str) -> None:
 
 def test_p5_stop_always_works(cli: Cli) -> None:
     # Waiting, with no worker there at all: stored, and obeyed by the next one.
-    cli.run("send", "waits", "count 1000 20", "--agent", "echo", "--id", "t", "--no-follow")
+    cli.send("waits", "count 1000 20", "t")
     assert cli.run("cancel", "waits", "t", "--wait", "300ms", "--json", code=3).json["status"] == "pending"
     first = cli.worker("first", "--ask-hold", "0.2")
     assert cli.run("cancel", "waits", "t", "--json").json["status"] in ("cancelled", "already_ended")
 
     # Running, and in a cleanup that takes its time.
-    cli.run("send", "runs", "stubborn 300", "--id", "t", "--no-follow")
+    cli.send("runs", "stubborn 300", "t")
     cli.events_until("runs", "text.delta", 3)
     assert cli.run("cancel", "runs", "t", "--json").json["status"] == "cancelled"
 
     # Suspended: no worker holds it.
-    cli.run("send", "asks", "approve 3 1", "--id", "t", "--no-follow")
+    cli.send("asks", "approve 3 1", "t")
     cli.events_until("asks", "turn.suspended")
     assert cli.run("cancel", "asks", "t", "--json").json["status"] == "cancelled"
 
     # Between a worker that died and the next.
-    cli.run("send", "moves", "count 1000 20", "--id", "t", "--no-follow")
+    cli.send("moves", "count 1000 20", "t")
     cli.events_until("moves", "text.delta", 3)
     first.signal(signal.SIGKILL)
     stopping = cli.start("cancel", "moves", "t", "--wait", "20s", "--json")
@@ -158,6 +158,7 @@ def test_p5_stop_always_works(cli: Cli) -> None:
 def test_p6_sending_is_idempotent_and_atomic(shared: Cli, session: str) -> None:
     racing = [shared.start("send", session, "count 3 1", "--id", "t1", "--json", "--no-follow") for _ in range(4)]
     assert len({race.wait().out for race in racing}) == 1
+    assert "t1 was sent before" in shared.run("send", session, "something else", "--id", "t1", code=1).err
     for ms in (300, 400, 500):
         dies = shared.start("send", session, "count 3 1", "--id", f"killed-after-{ms}")
         time.sleep(ms / 1000)
