@@ -184,6 +184,8 @@ class Tail(Struct, frozen=True):
     lost: int = 0
     """How many offsets may have been given out after it to deltas that have expired since."""
     kind: Kind | None = None
+    kept: int | None = None
+    """The offset of the last record up to here that is no delta, if the broker keeps account of that."""
 
     @property
     def next(self) -> int:
@@ -204,11 +206,13 @@ class Record(Struct, frozen=True):
     pending: Pending = Pending()
     agent: str | None = None
     """Records of kind TURN: whom it is queued for."""
+    kept: int | None = None
+    """As `Tail.kept`."""
 
     @property
     def tail(self) -> Tail:
         """The session's end as it was when this record was the last one."""
-        return Tail(offset=self.offset, pending=self.pending, cursor=self.cursor, time=self.time, kind=self.kind)
+        return Tail(self.offset, self.pending, self.cursor, self.time, 0, self.kind, self.kept)
 
 
 class Capabilities(Struct, frozen=True, kw_only=True):

@@ -58,6 +58,14 @@ class WorkerInfo(Struct, frozen=True):
     running: list[RunningTurn]
 
 
+class _Carrier:
+    """A leased input in hand. ``lease`` is the newest: while we were cut off, an older one may have run out."""
+
+    def __init__(self, lease: Lease) -> None:
+        self.lease = lease
+        self.renewed = False
+
+
 class Worker:
     """Runs agents for the turns that a broker holds.
 
@@ -89,6 +97,7 @@ class Worker:
         if not agents or len(self._agents) != len(agents):
             raise InvalidInput(f"a worker needs agents of different names, not {[a.name for a in agents]}")
         self._attempts: dict[Attempt, str] = {}
+        self._carried: dict[tuple[str, int], _Carrier] = {}
         self._drain = anyio.Event()
         self._now = anyio.Event()
         self._idle = anyio.Event()
@@ -217,38 +226,48 @@ class Worker:
             finally:
                 if lease is None:
                     slots.release()
-            if lease is not None:
-                keeper.hold(lease)
-                self._busy += 1
-                turns.start_soon(self._handle, lease, shared, keeper, slots)
+            if lease is None:
+                continue
+            keeper.hold(lease)
+            ours = self._carried.get((lease.session, lease.record.offset))
+            if ours is not None:
+                # Our lease ran out (an outage, a blocked loop) and nobody else got it: what is under way goes on.
+                keeper.drop(ours.lease)
+                ours.lease, ours.renewed = lease, True
+                slots.release()
+                continue
+            self._busy += 1
+            turns.start_soon(self._handle, lease, shared, keeper, slots)
 
     async def _handle(self, lease: Lease, shared: Shared, keeper: Keeper, slots: anyio.Semaphore) -> None:
+        carrier = _Carrier(lease)
         try:
-            await self._settle(lease, shared)
+            await self._settle(carrier, shared)
         except SessionGone:
-            await self._quietly(lease, 0.0)
+            await self._quietly(carrier, 0.0)
         except BrokerError as error:
             log.warning("session %s: %s; its input is handed back", lease.session, error)
-            await self._quietly(lease, 1.0)
+            await self._quietly(carrier, 1.0)
         except Exception:
             log.exception("session %s: the worker failed; its input is handed back", lease.session)
-            await self._quietly(lease, 5.0)
+            await self._quietly(carrier, 5.0)
         finally:
-            keeper.drop(lease)
+            keeper.drop(carrier.lease)
             slots.release()
             self._busy -= 1
             self._idle.set()
 
-    async def _quietly(self, lease: Lease, delay: float) -> None:
+    async def _quietly(self, carrier: _Carrier, delay: float) -> None:
         try:
-            await lease.nack(delay=delay)
+            await carrier.lease.nack(delay=delay)
         except BrokerError as error:
-            log.warning("session %s: %s; the lease will run out", lease.session, error)
+            log.warning("session %s: %s; the lease will run out", carrier.lease.session, error)
 
     # --------------------------------------------------------------------------------------------------- one input
 
-    async def _settle(self, lease: Lease, shared: Shared) -> None:
+    async def _settle(self, carrier: _Carrier, shared: Shared) -> None:
         """Carry the leased input as far as it goes, and settle its queue message."""
+        lease = carrier.lease
         attempt: Attempt | None = None
 
         async def on_signal(body: bytes) -> bytes | None:
@@ -276,24 +295,28 @@ class Worker:
                         case Run(turn):
                             agent = self._agents[turn.agent]
                             attempt = Attempt(shared, agent, lease.session, lease.record, history, turn, tail)
-                            await self._attempt(attempt, agent.name, lease)
+                            await self._attempt(attempt, agent.name, carrier)
                             return
                 except Conflict:
                     history, tail = await self._load(lease)
 
-    async def _attempt(self, attempt: Attempt, agent: str, lease: Lease) -> None:
+    async def _attempt(self, attempt: Attempt, agent: str, carrier: _Carrier) -> None:
+        key = (carrier.lease.session, carrier.lease.record.offset)
         self._attempts[attempt] = agent
+        self._carried[key] = carrier
         try:
             outcome = await attempt.run()
         finally:
-            del self._attempts[attempt]
+            # From here on a lease that comes back is a new one.
+            del self._attempts[attempt], self._carried[key]
         match outcome:
             case HandedBack(delay):
-                await lease.nack(delay=delay)
+                await carrier.lease.nack(delay=delay)
             case Lost():
-                pass
+                if carrier.renewed:
+                    await carrier.lease.nack()
             case _:
-                await lease.ack()
+                await carrier.lease.ack()
 
     async def _write(
         self, session: str, event: wire.OutputEvent, settles: tuple[int, ...], history: History, tail: Tail

@@ -75,12 +75,6 @@ class Follower:
         self._wake.set()
 
     async def _on_live(self, msg: Msg) -> None:
-        if not self._deltas:
-            # Two subscriptions do not keep their common order: here a live record only says that there is something.
-            if not self._behind and int((msg.headers or {}).get("Nats-Sequence", "0")) >= self._next:
-                self._behind = True
-                self._wake.set()
-            return
         if len(self._buffer) >= BUFFER or self._bytes > BUFFER_BYTES or msg.headers is None:
             self._reread()
             return
@@ -120,6 +114,8 @@ class Follower:
         return ()
 
     async def _catch_up(self) -> Sequence[Record]:
+        if not self._deltas and await self._has_all():
+            return ()
         if self._next == 0:
             self._next = await self._reader.start(self._route, self._after, self._hint)
         # Set before reading: what is announced meanwhile is read once more rather than missed.
@@ -136,9 +132,40 @@ class Follower:
             raise SessionGone(f"session {self._session} was deleted and began anew")
         return records
 
+    async def _has_all(self) -> bool:
+        """Whether the session's end, one get, shows that nothing is missing; so it is as a rule for who just wrote."""
+        self._behind = False
+        try:
+            newest = await self._reader.newest(self._route, leader=True)
+        except BaseException:
+            self._behind = True
+            raise
+        if newest is None or self._is_missing(newest):
+            self._behind = True
+            return False
+        self._next = max(self._next, newest.seq + 1)
+        self._existed = True
+        return True
+
+    def _is_missing(self, newest: Stored) -> bool:
+        """Whether something that was not delivered may be stored up to ``newest``."""
+        if self._deltas:
+            return newest.seq >= self._next
+        record = newest.record()
+        return record.kept is None or not record.kept <= self._after <= record.offset
+
+    def _is_next(self, stored: Stored, after: int) -> bool:
+        if self._deltas:
+            return stored.offset == after + 1
+        before = stored.kept_before
+        return before is not None and before <= after < stored.offset
+
     def _drain(self) -> Sequence[Record]:
         records: list[Record] = []
         after = self._after
+        if not self._deltas and len(self._buffer) > 1:
+            # Two subscriptions do not keep their common order.
+            self._buffer = deque(sorted(self._buffer, key=lambda stored: stored.seq))
         while self._buffer:
             stored = self._buffer.popleft()
             self._bytes -= len(stored.body)
@@ -147,7 +174,7 @@ class Follower:
             if stored.offset <= after and not self._existed:
                 self._next = stored.seq + 1  # the offset asked for is still to come
                 continue
-            if stored.offset != after + 1:
+            if not self._is_next(stored, after):
                 self._behind = True
                 break
             records.append(stored.record())
@@ -161,5 +188,5 @@ class Follower:
             newest = await self._reader.newest(self._route, leader=True)
             if newest is None:
                 raise SessionGone(f"session {self._session} was deleted")
-        if newest is not None and newest.seq >= self._next:
+        if newest is not None and self._is_missing(newest):
             self._behind = True

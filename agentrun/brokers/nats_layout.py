@@ -20,6 +20,8 @@ HEADROOM = 4096
 
 OFFSET = "Agentrun-Offset"
 PENDING = "Agentrun-Pending"
+KEPT = "Agentrun-Kept"
+"""The offset of the last record before this one that is no delta: readers without deltas miss none by it."""
 WRITER = "Agentrun-Writer"
 """Names the append call a record came from, so that it knows its own record again after a lost answer."""
 EXPECTED = "Nats-Expected-Last-Subject-Sequence"
@@ -136,6 +138,12 @@ class Stored(NamedTuple):
         except (KeyError, ValueError):
             raise InvalidInput(f"the message at {self.subject} seq {self.seq} has no valid {OFFSET}") from None
 
+    @property
+    def kept_before(self) -> int | None:
+        """The offset of the last record before this one that is no delta; None where its writer did not know."""
+        text = self.headers.get(KEPT, "")
+        return int(text) if text.isdecimal() else None
+
     def record(self) -> Record:
         """The record in it.
 
@@ -144,9 +152,10 @@ class Stored(NamedTuple):
         """
         kind, agent = kind_of(self.subject)
         text = self.headers.get(PENDING)
-        return Record(
-            self.offset, kind, self.body, self.time, self.seq, Pending.parse(text) if text else Pending(), agent
-        )
+        offset = self.offset
+        pending = Pending.parse(text) if text else Pending()
+        kept = self.kept_before if kind is Kind.DELTA else offset
+        return Record(offset, kind, self.body, self.time, self.seq, pending, agent, kept)
 
 
 def kind_of(subject: str) -> tuple[Kind, str | None]:

@@ -18,7 +18,7 @@ from msgspec import Struct
 from agentrun.broker import Kind, Pending, Record, Tail
 from agentrun.brokers.nats_core import Core
 from agentrun.brokers.nats_follow import Follower
-from agentrun.brokers.nats_layout import EXPECTED, EXPECTED_SUBJECT, HEADROOM, OFFSET, PENDING, WRITER, Route
+from agentrun.brokers.nats_layout import EXPECTED, EXPECTED_SUBJECT, HEADROOM, KEPT, OFFSET, PENDING, WRITER, Route
 from agentrun.brokers.nats_link import ApiError, Msg, NotConnected, status
 from agentrun.brokers.nats_read import NEAR, Reader
 from agentrun.errors import Conflict, Duplicate, InvalidInput, Misconfigured, SessionGone, TooLarge, Unavailable
@@ -30,7 +30,8 @@ _FIRST_PAUSE = 0.02
 _LONGEST_PAUSE = 0.25
 
 WRONG_LAST = 10071
-IN_FLIGHT = 10164
+IN_FLIGHT = (10164, 10158)
+"""A clustered stream is still storing a record of this session, or of this key: its fate is known soon."""
 TOO_LARGE = 10054
 
 
@@ -147,6 +148,9 @@ class NatsLog:
             f"NATS/1.0\r\n{EXPECTED}: {after.cursor}\r\n{EXPECTED_SUBJECT}: {route.all}\r\n"
             f"{OFFSET}: {after.next}\r\n{WRITER}: {writer}\r\n"
         )
+        kept = 0 if after.offset == 0 else after.kept
+        if kept is not None:
+            block += f"{KEPT}: {kept}\r\n"
         if pending:
             block += f"{PENDING}: {_pending_text(pending)}\r\n"
         if kind is Kind.DELTA:
@@ -160,7 +164,9 @@ class NatsLog:
 
     def _stored(self, call: _Append, seq: int) -> Tail:
         # The time is our reading of the server's clock; the record's own is in it for whoever reads it.
-        return Tail(call.after.next, call.pending, seq, self._core.now(), 0, call.kind)
+        after = call.after
+        kept = (0 if after.offset == 0 else after.kept) if call.kind is Kind.DELTA else after.next
+        return Tail(after.next, call.pending, seq, self._core.now(), 0, call.kind, kept)
 
     async def _check_age(self, call: _Append) -> None:
         # D9: compare-and-set cannot see deltas that were stored after this end and have expired. An end that is old
@@ -184,7 +190,7 @@ class NatsLog:
             return await self._moved_on(call, doubt)
         if error.err_code == TOO_LARGE:
             raise TooLarge(len(call.body), self._core.found.max_body)
-        if error.err_code == IN_FLIGHT or error.code >= 500:
+        if error.err_code in IN_FLIGHT or error.code >= 500:
             return None
         raise Misconfigured(f"stream {call.route.stream} refuses a record: {error.description} ({error.err_code})")
 

@@ -87,7 +87,7 @@ class Reader:
         if newest is None:
             return Tail()
         r = newest.record()
-        return Tail(r.offset, r.pending, r.cursor, r.time, await self._lost(route, r), r.kind)
+        return Tail(r.offset, r.pending, r.cursor, r.time, await self._lost(route, r), r.kind, r.kept)
 
     async def _lost(self, route: Route, last: Record) -> int:
         # D9: deltas after the last record may have been given offsets and have expired since.

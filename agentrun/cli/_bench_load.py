@@ -240,14 +240,14 @@ async def bench_tokens(run: Run) -> None:
 def _token_figures(turns: Sequence[TurnSeen], words: int) -> dict[str, Figure]:
     # The agent's clock says when each token was due; what it does not reach is the worker's fault.
     rates = [(words - 1) * 1e9 / max(seen.last_stamp - seen.first_stamp, 1) for seen in turns]
-    span = max(seen.last_arrival for seen in turns) - min(seen.first for seen in turns)
+    arrivals = [(words - 1) * 1e9 / max(seen.last_arrival - seen.first, 1) for seen in turns]
     delays = [delay / 1e6 for seen in turns for delay in seen.delays]
     return {
         "tokens": sum(seen.words.seen for seen in turns),
         **spread("latency", delays),
         "latency_max_ms": max(delays, default=None),
         "slowest_turn_tokens_per_s": min(rates),
-        "tokens_per_s": len(delays) * 1e9 / max(span, 1),
+        "arriving_tokens_per_s": sum(arrivals),
         "appends_per_token": sum(seen.appends for seen in turns) / max(len(delays), 1),
         "lost": sum(seen.words.lost for seen in turns),
         "doubled": sum(seen.words.doubled for seen in turns),

@@ -23,6 +23,9 @@ from agentrun.client import Event, Session
 from agentrun.errors import AgentrunError, NotWaiting
 from agentrun.history import History
 
+_PARTING = 2.0
+"""Seconds that what was written last gets to be sent when the person leaves."""
+
 
 @command("chat")
 @click.argument("session", required=False, envvar="AGENTRUN_SESSION")
@@ -145,8 +148,8 @@ class Chat:
                 self._sending += 1
                 await lines.send(key.text)
             self._draw()
-        if not self._terminal:
-            lines.close()
+        lines.close()
+        with anyio.move_on_after(_PARTING if self._terminal else None):
             await self._sent.wait()
 
     async def _obey_signals(self) -> None:

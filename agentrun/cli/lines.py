@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,9 +11,10 @@ import msgspec
 from agentrun import wire
 from agentrun.client import Event
 
-__all__ = ["columns", "describe", "event_line", "input_text", "question_text", "short"]
+__all__ = ["clean", "columns", "describe", "event_line", "input_text", "question_text", "short"]
 
 _WIDTH = 160
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
 def describe(item: Any) -> str:
@@ -37,6 +39,11 @@ def describe(item: Any) -> str:
             return short(item.text)
         case _:
             return short(item)
+
+
+def clean(text: str) -> str:
+    """The text without what a terminal would take for commands."""
+    return _CONTROL.sub("", text)
 
 
 def short(value: Any) -> str:

@@ -11,7 +11,7 @@ import msgspec
 
 from agentrun import wire
 from agentrun.cli.common import App, Fatal, command, json_option, option, session_argument
-from agentrun.cli.lines import describe, event_line, short
+from agentrun.cli.lines import clean, describe, event_line, short
 from agentrun.cli.render import Renderer, Screen
 from agentrun.client import Event
 from agentrun.history import TurnView
@@ -39,7 +39,8 @@ async def tail(app: App, session: str, after: int, follow: bool, as_json: bool) 
 def _line(event: Event) -> str:
     data = event.data
     attempt = getattr(data, "attempt", 0)
-    return f"{event.offset:>6}  {event.type:<16} {f'#{attempt}' if attempt else '':<3} {_text(event)}".rstrip()
+    line = f"{event.offset:>6}  {event.type:<16} {f'#{attempt}' if attempt else '':<3} {_text(event)}"
+    return clean(line).rstrip()
 
 
 def _text(event: Event) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Container
 from typing import TextIO
 
@@ -10,13 +9,11 @@ from rich.console import Console
 from rich.text import Text
 
 from agentrun import wire
-from agentrun.cli.lines import describe, input_text, question_text, short
+from agentrun.cli.lines import clean, describe, input_text, question_text, short
 from agentrun.client import Event
 from agentrun.history import History, Question, TurnView
 
 __all__ = ["Renderer", "Screen"]
-
-_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
 class Screen:
@@ -36,9 +33,9 @@ class Screen:
         if not text:
             return
         if style and self._clean:
-            self._notices.print(Text(_CONTROL.sub("", text), style), end="")
+            self._notices.print(Text(clean(text), style), end="")
         else:
-            self._text.write(_CONTROL.sub("", text) if self._clean else text)
+            self._text.write(clean(text) if self._clean else text)
         self._text.flush()
         self._open = not text.endswith("\n")
 
@@ -50,7 +47,7 @@ class Screen:
     def line(self, text: str, style: str = "dim") -> None:
         """A notice."""
         self.end_line()
-        self._notices.print(Text(_CONTROL.sub("", text), style))
+        self._notices.print(Text(clean(text), style))
 
 
 class Renderer:

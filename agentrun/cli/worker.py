@@ -74,11 +74,13 @@ def worker_options(fn: Callable[..., Any]) -> Callable[..., Any]:
     return decorated
 
 
-agents_argument = functools.partial(click.argument, "agents", nargs=-1, metavar="MODULE:AGENT...")
+agents_argument = functools.partial(
+    click.argument, "agents", nargs=-1, metavar="MODULE:AGENT...", envvar="AGENTRUN_AGENTS"
+)
 
 
 @command("worker", uvloop=True)
-@agents_argument(required=True, envvar="AGENTRUN_AGENTS")
+@agents_argument(required=True)
 @option("--name", help="Stands in the log as who ran an attempt. Default: host, process id and a random part.")
 @click.option("--while-stdin", is_flag=True, hidden=True, help="Drain when stdin is closed, as by a parent that died.")
 @worker_options

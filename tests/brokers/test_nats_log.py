@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import AsyncGenerator
+from contextlib import suppress
 
 import anyio
 import anyio.to_thread
@@ -111,6 +112,7 @@ async def test_a_hung_server_ends_in_unavailable_and_at_most_one_record() -> Non
         await broker.setup()
         tail = await fill(broker, "s", 1)
         server.suspend()
+        await anyio.sleep(0.2)
         try:
             with pytest.raises(Unavailable):
                 await broker.log.append("s", b"?", kind=Kind.EVENT, after=tail, pending=Pending(), timeout=1.2)
@@ -158,7 +160,8 @@ async def test_appends_go_on_over_crashes_of_the_server() -> None:
 async def test_a_cancelled_append_leaves_nothing_behind(env: NatsEnvironment) -> None:
     async with env.broker() as broker:
         for _ in range(50):
-            with anyio.move_on_after(random.random() * 0.002):
+            # An append that was cancelled may be stored behind the back of the next one.
+            with anyio.move_on_after(random.random() * 0.002), suppress(Conflict):
                 await fill(broker, "s", 10)
         await anyio.sleep(0.1)
         assert broker._core.appends._slots == {}

@@ -33,7 +33,7 @@ _COLOUR = re.compile(r"\x1b\[([0-9;]*m|\?2004[hl])")
 
 def environment(url: str, namespace: str, more: Mapping[str, str] | None = None) -> dict[str, str]:
     """What a command is started with; nothing of what the tests themselves were started with matters to it."""
-    meant = ("NO_COLOR", "FORCE_COLOR")
+    meant = ("NO_COLOR", "FORCE_COLOR", "PYTHONDONTWRITEBYTECODE")
     kept = {key: value for key, value in os.environ.items() if not key.startswith("AGENTRUN_") and key not in meant}
     ours = {"AGENTRUN_URL": url, "AGENTRUN_NAMESPACE": namespace, "PYTHONUNBUFFERED": "1", "TERM": "xterm"}
     return {**kept, **ours, **(more or {})}

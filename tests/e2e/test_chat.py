@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import signal
 
+import pytest
+
+from agentrun.cli.prompt import Editor, Key
 from tests.e2e.processes import Cli, Terminal
 
 PROMPT = r"› $"
@@ -89,13 +93,13 @@ def test_questions_are_asked_and_answered_inline(shared: Cli, session: str) -> N
 
 def test_who_joins_sees_what_was_said_and_what_others_say(shared: Cli, session: str) -> None:
     shared.run("send", session, "said before")
-    shared.run("send", session, "count 60 50", "--no-follow", "--user", "bob")
+    shared.run("send", session, "count 40 50", "--no-follow", "--user", "bob")
     shared.events_until(session, "text.delta", 4)
     chat = shared.terminal("chat", session)
     chat.until("› said before\r\nsaid before\r\n")
-    chat.until("bob› count 60 50\r\n")
-    shown = "".join(chat.until(f"w{i} ")[0] for i in range(60))
-    assert shown == "".join(f"w{i} " for i in range(60))
+    chat.until("bob› count 40 50\r\n")
+    shown = "".join(chat.until(f"w{i} ")[0] for i in range(40))
+    assert shown == "".join(f"w{i} " for i in range(40))
     chat.until(PROMPT)
     shared.run("send", session, "from elsewhere", "--user", "bob")
     chat.until("bob› from elsewhere\r\nfrom elsewhere")
@@ -130,3 +134,34 @@ def test_lines_from_a_pipe_are_sent_one_after_the_other(shared: Cli, session: st
     assert lines[:2] == ["› count 3 20", "w0 w1 w2"]
     assert "answered: true" in lines
     assert lines[-2:] == ["› last words", "last words"]
+
+
+def _typed(data: bytes, *, at_once: bool) -> tuple[Editor, list[Key]]:
+    editor = Editor(io.StringIO())
+    pieces = [data] if at_once else [data[i : i + 1] for i in range(len(data))]
+    return editor, [key for piece in pieces for key in editor.feed(piece)]
+
+
+@pytest.mark.parametrize("at_once", [True, False])
+def test_the_editor_takes_keys_however_they_arrive(at_once: bool) -> None:
+    typed = "grüß dicj\x7fh\x1b[A\x1b[1;5C\x1bOP zwei drei\x17\rab\x15c\x03\x04\n\x04"
+    editor, keys = _typed(typed.encode(), at_once=at_once)
+    assert keys == [Key("line", "grüß dich zwei "), Key("stop"), Key("line", "c"), Key("leave")]
+    assert editor.text == ""
+
+
+@pytest.mark.parametrize("at_once", [True, False])
+def test_the_editor_keeps_the_lines_of_what_is_pasted(at_once: bool) -> None:
+    _, keys = _typed(b"see: \x1b[200~one\rtwo\x03\nthree\x1b[201~!\r", at_once=at_once)
+    assert keys == [Key("line", "see: one\ntwo\nthree!")]
+
+
+def test_the_editor_takes_all_rows_of_a_long_line_away() -> None:
+    out = io.StringIO()
+    editor = Editor(out, width=10)
+    list(editor.feed(("ü" * 23).encode()))
+    editor.draw("> ")
+    editor.hide()
+    assert out.getvalue() == "> " + "ü" * 23 + "\r\x1b[2A\x1b[J"
+    editor.hide()
+    assert out.getvalue().count("\x1b[J") == 1

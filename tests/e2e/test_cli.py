@@ -11,9 +11,12 @@ import sys
 import time
 from pathlib import Path
 
+import click
 import pytest
+from click.testing import CliRunner
 
 from agentrun.brokers.server import NatsServer
+from agentrun.cli import main
 from tests.e2e.processes import ROOT, Cli, environment, new_cli
 
 # ------------------------------------------------------------------------------------------------------- send
@@ -62,13 +65,13 @@ def test_a_turn_that_fails_is_an_exit_code(shared: Cli, session: str) -> None:
 
 
 def test_interrupting_send_leaves_the_turn_alone(shared: Cli, session: str) -> None:
-    sending = shared.start("send", session, "count 30 100", "--id", "t1")
+    sending = shared.start("send", session, "count 12 100", "--id", "t1")
     sending.until("w2 ")
     sending.signal(signal.SIGINT)
     result = sending.wait()
     assert result.code == 130
     assert f"agentrun cancel {session} t1" in result.err
-    assert shared.result(session, "t1").text.split()[-1] == "w29"
+    assert shared.result(session, "t1").text.split()[-1] == "w11"
 
 
 # ------------------------------------------------------------------------------------------------------- tail
@@ -304,6 +307,19 @@ def test_setup_says_what_it_does(server: NatsServer) -> None:
         assert "partitions" in one_line(cli.run("setup", "--partitions", "3", code=1).err)
     finally:
         cli.end()
+
+
+def test_help_names_every_command_and_the_document_does_too() -> None:
+    result = CliRunner().invoke(main, ["--help"])
+    assert result.exit_code == 0
+    text = (ROOT / "docs" / "cli.md").read_text()
+    for name in main.list_commands(click.Context(main)):
+        assert f"\n  {name} " in result.output
+        assert f"agentrun {name}" in text
+        command = main.get_command(click.Context(main), name)
+        assert command is not None
+        assert command.name == name
+        assert command.help
 
 
 # ------------------------------------------------------------------------------------------------------- dev

@@ -7,6 +7,7 @@ import pytest
 from agentrun.testing import Environments, Settings, memory_environments
 from tests.worker.fleet import LEASE, Fleet, fleet_on
 
+
 @pytest.fixture(params=["memory", "nats"])
 def environments(request: pytest.FixtureRequest) -> Environments:
     """Each test of a worker runs on both brokers."""

@@ -10,7 +10,7 @@ import pytest
 from agentrun import wire
 from agentrun.agent import Context, agent
 from agentrun.broker import Kind
-from tests.worker.fleet import Fleet
+from tests.worker.fleet import Fleet, eventually
 
 
 @agent(name="talk")
@@ -110,6 +110,4 @@ async def test_a_deleted_session_stops_its_worker_and_begins_anew(fleet: Fleet) 
     await session.delete()
     turn = await session.send("b")
     assert (await turn.result(10)).text == "<b>"
-    with anyio.fail_after(5):
-        while running.worker.info.running:
-            await anyio.sleep(0.02)
+    await eventually(lambda: not running.worker.info.running)

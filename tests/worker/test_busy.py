@@ -6,6 +6,7 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 import anyio
+import anyio.lowlevel
 
 from agentrun import wire
 from agentrun.agent import Context, agent
@@ -195,11 +196,11 @@ async def test_steering_is_taken_while_another_part_of_the_agent_streams(memory_
         async def stream() -> None:
             while True:
                 await ctx.emit("a")
-                await anyio.sleep(0)
+                await anyio.lowlevel.checkpoint()
 
         async with anyio.create_task_group() as group:
             group.start_soon(stream)
-            while not await ctx.steering():
+            while not await ctx.steering():  # noqa: ASYNC110 - it asks, as agents do
                 await anyio.sleep(0.001)
             group.cancel_scope.cancel()
 

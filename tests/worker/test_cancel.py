@@ -169,9 +169,7 @@ async def test_an_agent_that_swallows_its_cancellation_meets_it_again(fleet: Fle
     assert (receipt.status, len(swallowed)) == ("cancelled", 3)
 
 
-async def test_a_turn_ends_although_its_agent_never_does(
-    fleet: Fleet, caplog: pytest.LogCaptureFixture
-) -> None:
+async def test_a_turn_ends_although_its_agent_never_does(fleet: Fleet, caplog: pytest.LogCaptureFixture) -> None:
     release = anyio.Event()
     refused: list[type[BaseException]] = []
 
@@ -207,7 +205,10 @@ async def test_a_turn_ends_although_its_agent_never_does(
     await anyio.sleep(0.1)
     assert len(refused) > count
     assert {e.__name__ for e in refused} == {"Fenced"}
-    assert (await fleet.types()) == ["turn.started", "text.delta", "turn.cancelled"] + [
+    assert (await fleet.types()) == [
+        "turn.started",
+        "text.delta",
+        "turn.cancelled",
         "turn.started",
         "text.delta",
         "turn.completed",
@@ -332,9 +333,7 @@ async def test_an_input_is_acted_on_once_whichever_way_it_is_found(memory_fleet:
             return _late(self.inner.follow(*args, **options), 0.0 if seen == "by-watch" else 0.5)
 
     session = memory_fleet.session(agent="talk")
-    await memory_fleet.worker(
-        mute if seen == "by-watch" else talk, wrap=lambda b: Wrapped(b, log=Late(b.log))
-    )
+    await memory_fleet.worker(mute if seen == "by-watch" else talk, wrap=lambda b: Wrapped(b, log=Late(b.log)))
     running = await session.send("x")
     await memory_fleet.until("turn.started")
     waiting = [await session.send(f"{n}") for n in range(3)]

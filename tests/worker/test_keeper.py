@@ -13,10 +13,11 @@ import pytest
 
 from agentrun import wire
 from agentrun.agent import Context, agent
-from agentrun.keeper import Keeper
 from agentrun.brokers.memory import MemoryBroker
 from agentrun.brokers.memory_state import MemoryState
-from tests.worker.fleet import LEASE, Fleet, eventually
+from agentrun.keeper import Keeper
+from agentrun.testing import Environment, Environments, Settings
+from tests.worker.fleet import LEASE, Fleet, eventually, fleet_on
 
 
 def blocking(seconds: float, runs: list[int]) -> Any:
@@ -69,15 +70,29 @@ async def test_a_blocked_loop_keeps_its_leases_and_is_reported(
     assert "time.sleep(seconds)" in reports[0]
 
 
-async def test_a_loop_blocked_for_too_long_loses_its_turn(memory_fleet: Fleet) -> None:
-    """Here one process is both: what it has lost it takes over itself, and the blocked attempt is refused."""
+async def test_a_loop_blocked_for_too_long_loses_its_turn(
+    nats_environments: Environments, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The one that takes over works in another process, as far as the broker can tell: its loop is not blocked."""
     runs: list[int] = []
-    worker = await memory_fleet.worker(blocking(4 * LEASE, runs), block_report=0.2, block_limit=LEASE)
-    turn = await memory_fleet.session(agent="block").send("x")
-    result = await turn.result(10)
-    assert runs[0] == 1
-    assert result.attempt == runs[-1]
-    await eventually(lambda: not worker.worker.info.running)
+    block = blocking(5 * LEASE, runs)
+    taken: list[wire.AnyEvent] = []
+
+    async def another(environment: Environment) -> None:
+        async with fleet_on(environment) as fleet:
+            await fleet.worker(block)
+            taken.append(wire.decode((await fleet.until("turn.completed")).body))
+
+    async with nats_environments(Settings(lease_ttl=LEASE)) as environment, fleet_on(environment) as fleet:
+        await fleet.worker(block, block_report=0.2, block_limit=LEASE)
+        turn = await fleet.session(agent="block").send("x")
+        await fleet.until("text.delta")
+        await anyio.to_thread.run_sync(anyio.run, another, environment)
+        assert (await turn.result(5)).attempt == 2
+    (end,) = taken
+    assert isinstance(end, wire.TurnCompleted)
+    assert (end.attempt, runs) == (2, [1, 2])
+    assert "given up" in caplog.text
 
 
 class Held:

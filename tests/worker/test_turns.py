@@ -74,9 +74,7 @@ async def test_turns_of_a_session_run_in_order_over_several_workers(fleet: Fleet
 
     for _ in range(3):
         await fleet.worker(count, concurrency=2)
-    turns = [
-        await fleet.session(s, "count").send("x", id=f"{n}") for n in range(6) for s in ("a", "b", "c")
-    ]
+    turns = [await fleet.session(s, "count").send("x", id=f"{n}") for n in range(6) for s in ("a", "b", "c")]
     for turn in turns:
         await turn.result(20)
     for s in "abc":
