@@ -131,11 +131,12 @@ class Inbox:
         return None if target is None else await self._stop_waiting(target, event)
 
     async def _stop_running(self, event: wire.TurnCancel) -> bytes | None:
+        late = self._over.is_set()
         self._switch.pull(Stop(Cause.CANCEL, event.by, event.reason))
         await self._over.wait()
         if self._ended_as is None:
             return None
-        receipt = "cancelled" if isinstance(self._ended_as, wire.TurnCancelled) else "already_ended"
+        receipt = "cancelled" if isinstance(self._ended_as, wire.TurnCancelled) and not late else "already_ended"
         return msgspec.json.encode(wire.CancelReply(receipt, self._ended_at))
 
     async def _stop_waiting(self, target: TurnView, event: wire.TurnCancel) -> bytes | None:
@@ -214,6 +215,9 @@ class Inbox:
             moved = self._moved
             with anyio.move_on_after(min(give_up, deadline) - now):
                 await moved.wait()
+        if self._switch.stop is not None:
+            # The answer came just as the turn was given up on: it is left to wake it, or it would sleep for ever.
+            await self.meet_stop()
         if not asked.resumed and asked.answer_offset is not None:
             # The input that carries the turn stays pending until the turn ends: it is the lease.
             change = None if asked.answer_offset == self._carrier else _settle(asked.answer_offset)

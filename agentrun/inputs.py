@@ -6,13 +6,14 @@ import random
 import time
 from collections.abc import Awaitable, Callable
 from datetime import datetime
-from typing import Any, Literal, NamedTuple, cast, get_args
+from typing import Literal, NamedTuple, get_args
 
 import anyio
 import msgspec
 from msgspec import Struct
 
 from agentrun import wire
+from agentrun.answers import check_answer
 from agentrun.broker import Broker, Kind, Pending, SessionLog, Tail
 from agentrun.errors import Conflict, InvalidInput, NoListener, NotWaiting, TurnNotFound, Unavailable
 from agentrun.history import History, TurnView
@@ -157,35 +158,6 @@ async def sent_before(log: SessionLog, session: str, turn: str, *, after: int) -
 
 
 # ----------------------------------------------------------------------------------------------------------- answers
-
-
-def check_answer(question: wire.InputRequired, value: Any) -> None:
-    """Raise InvalidInput if ``value`` cannot answer the question."""
-    match question.kind:
-        case "approval":
-            expected = 'true, false or {"approved": true or false, "reason": text}'
-            good = isinstance(value, bool) or _is_approval(value)
-        case "choice":
-            expected = f"one of {question.choices}"
-            good = value in (question.choices or ())
-        case "text":
-            expected = "text"
-            good = isinstance(value, str)
-        case "tool":
-            expected, good = "JSON", True
-    if not good:
-        raise InvalidInput(f"question {question.request} takes {expected}, not {value!r}")
-
-
-def _is_approval(value: Any) -> bool:
-    if not isinstance(value, dict):
-        return False
-    fields = cast("dict[Any, Any]", value)
-    return (
-        set(fields) <= {"approved", "reason"}
-        and isinstance(fields.get("approved"), bool)
-        and isinstance(fields.get("reason"), str | None)
-    )
 
 
 async def answer(log: SessionLog, session: str, answer: wire.TurnAnswer, *, timeout: float) -> int:

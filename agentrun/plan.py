@@ -9,10 +9,10 @@ from typing import Any
 from msgspec import Struct
 
 from agentrun import wire
+from agentrun.answers import check_answer
 from agentrun.broker import Kind, Pending, Record
 from agentrun.errors import InvalidInput
 from agentrun.history import History, TurnView
-from agentrun.inputs import check_answer
 
 _CLOCK_SLACK = 0.05
 """Seconds by which the broker's timers may be early against this machine's clock."""

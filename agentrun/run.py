@@ -28,6 +28,8 @@ from agentrun.writer import Change, SessionWriter
 
 log = logging.getLogger("agentrun.worker")
 
+_TRACE_LIMIT = 16_384
+"""Characters of a failed agent's traceback that are logged."""
 _LONGEST_RETRY = 30.0
 """Seconds before an attempt after an unexpected error, at most."""
 _LONGEST_REASON = 4000
@@ -364,7 +366,7 @@ class Attempt:
                 self._agent.name,
                 self.turn,
                 self._number,
-                "".join(traceback.format_exception(failure)),
+                _trace(failure),
             )
             error = wire.ErrorInfo("agent_error", f"{type(failure).__name__}: {_words(failure)}", retryable=True)
             after = min(_LONGEST_RETRY, self._settings.retry_delay * math.pow(2, self._view.charged - 1))
@@ -418,3 +420,9 @@ def _leaves(error: Exception) -> Iterator[Exception]:
             yield from _leaves(inner)
     else:
         yield error
+
+
+def _trace(error: Exception) -> str:
+    # An author's message may be of any length, and no text at all to a log's encoding.
+    text = "".join(traceback.format_exception(error))
+    return text[-_TRACE_LIMIT:].encode("utf-8", "backslashreplace").decode()

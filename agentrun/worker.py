@@ -267,38 +267,49 @@ class Worker:
 
     async def _settle(self, carrier: _Carrier, shared: Shared) -> None:
         """Carry the leased input as far as it goes, and settle its queue message."""
-        lease = carrier.lease
-        attempt: Attempt | None = None
+        attempts: list[Attempt] = []
 
         async def on_signal(body: bytes) -> bytes | None:
-            return None if attempt is None else await attempt.on_signal(body)
+            return await attempts[-1].on_signal(body) if attempts else None
 
+        failure: Exception | None = None
+        async with self._broker.signals.listen(f"s.{carrier.lease.session}", on_signal):
+            try:
+                await self._carry(carrier, shared, attempts)
+            except Exception as error:
+                # Not through the broker's context, which may wrap it.
+                failure = error
+        if failure is not None:
+            raise failure
+
+    async def _carry(self, carrier: _Carrier, shared: Shared, attempts: list[Attempt]) -> None:
+        lease = carrier.lease
         history, tail = await self._load(lease)
-        async with self._broker.signals.listen(f"s.{lease.session}", on_signal):
-            while True:
-                action = decide(
-                    history, tail.pending, lease.record, now=time.time(), max_attempts=self.settings.max_attempts
-                )
-                try:
-                    match action:
-                        case Drop():
-                            await lease.ack()
-                            return
-                        case HandBack(delay):
-                            await lease.nack(delay=delay)
-                            return
-                        case Write(event, settles):
-                            tail = await self._write(lease.session, event, settles, history, tail)
-                        case Run() if self._drain.is_set():
-                            await lease.nack()
-                            return
-                        case Run(turn):
-                            agent = self._agents[turn.agent]
-                            attempt = Attempt(shared, agent, lease.session, lease.record, history, turn, tail)
-                            await self._attempt(attempt, agent.name, carrier)
-                            return
-                except Conflict:
-                    history, tail = await self._load(lease)
+        while True:
+            action = decide(
+                history, tail.pending, lease.record, now=time.time(), max_attempts=self.settings.max_attempts
+            )
+            try:
+                match action:
+                    case Drop():
+                        await lease.ack()
+                        return
+                    case HandBack(delay):
+                        await lease.nack(delay=delay)
+                        return
+                    case Write(event, settles):
+                        tail = await self._write(lease.session, event, settles, history, tail)
+                    case Run() if self._drain.is_set():
+                        await lease.nack()
+                        return
+                    case Run(turn):
+                        agent = self._agents[turn.agent]
+                        attempt = Attempt(shared, agent, lease.session, lease.record, history, turn, tail)
+                        attempts.append(attempt)
+                        await self._attempt(attempt, agent.name, carrier)
+                        return
+            except Conflict:
+                history, tail = await self._load(lease)
 
     async def _attempt(self, attempt: Attempt, agent: str, carrier: _Carrier) -> None:
         key = (carrier.lease.session, carrier.lease.record.offset)

@@ -7,6 +7,15 @@ import pytest
 from agentrun.brokers.server import NatsServer
 from tests.brokers.nats_environment import NatsEnvironments
 
+_PROCESSES = ("tests/e2e", "tests/bench", "tests/docs", "tests/brokers/test_nats_cluster.py")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests that start processes of their own run one after the other, beside the others: the cores are few."""
+    for item in items:
+        if item.nodeid.startswith(_PROCESSES):
+            item.add_marker(pytest.mark.xdist_group("processes"))
+
 
 @pytest.fixture(scope="session")
 def anyio_backend() -> str:

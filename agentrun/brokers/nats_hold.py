@@ -89,7 +89,7 @@ class Holder:
             return
         route = self._core.route(delivery.session)
         tail = await self._tail(route, delivery.record.offset)
-        verdict = self._verdict(delivery.record.offset, tail)
+        verdict = self._verdict(delivery, tail)
         if verdict == "early":
             self._hold(delivery, route)
         else:
@@ -102,10 +102,18 @@ class Holder:
             tail = await self._reader.tail(route, leader=True)
         return tail
 
-    def _verdict(self, offset: int, tail: Tail) -> Literal["ready", "early", "settled"]:
+    def _verdict(self, delivery: Delivery, tail: Tail) -> Literal["ready", "early", "settled"]:
+        offset = delivery.record.offset
         if offset not in tail.pending:
             return "settled"
-        return "ready" if tail.pending.ready(offset) else "early"
+        if not tail.pending.ready(offset):
+            return "early"
+        # A delivery that lay unread while this process was stopped is stale: the input has gone to another since. Its
+        # owner's fresh records tell. A dead owner's cannot be: its lease outlived it by two thirds.
+        written = tail.pending.running and tail.kind is not None and not tail.kind.input
+        if written and self._core.now() - tail.time < delivery.lease_ttl / 3:
+            return "early"
+        return "ready"
 
     async def _act(self, verdict: str, delivery: Delivery, tail: Tail) -> None:
         if verdict == "ready":
@@ -155,9 +163,9 @@ class Holder:
     async def _review(self, route: Route, held: _Held) -> None:
         tail = await self._tail(route, max(held.inputs))
         for offset in sorted(held.inputs):
-            verdict = self._verdict(offset, tail)
+            delivery = held.inputs[offset]
+            verdict = self._verdict(delivery, tail)
             if verdict != "early":
-                delivery = held.inputs[offset]
                 # Whoever gets it now has a full lease.
                 await self._core.queue.publish(delivery.reply, IN_PROGRESS)
                 await self._act(verdict, delivery, tail)

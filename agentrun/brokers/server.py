@@ -103,6 +103,7 @@ class NatsServer:
         if self._process is not None:
             return
         binary = self._binary or find_nats_server()
+        fresh = self._temporary is None
         if self._temporary is None:
             self._temporary = Path(tempfile.mkdtemp(prefix="agentrun-nats-"))
         run = self._temporary
@@ -130,6 +131,8 @@ class NatsServer:
             self._await_start(run)
         except BaseException:
             self.kill()
+            if fresh:
+                self.stop()
             raise
 
     def _config(self, run: Path, data: Path) -> str:

@@ -219,7 +219,7 @@ async def bench_tokens(run: Run) -> None:
     """From the agent's `yield` to the reader, for every token."""
     rate = run.options.rate
     words = max(2, int(run.options.seconds * rate))
-    for count in run.options.sessions or (1, 20, 100, 200):
+    for count in run.options.sessions or (1, 20, 50, 100, 200):
         run.say(f"tokens: {count} sessions of {rate} tokens a second")
         async with run.watches(count) as watches:
             turns: list[TurnSeen] = []

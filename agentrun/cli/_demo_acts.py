@@ -44,7 +44,7 @@ def echo_script(speed: float) -> Script:
         spec="workers.echo:echo",
         agent="echo",
         stream=f"count 80 {ms}",
-        stop=f"count 1000 {ms}",
+        stop=f"count 100000 {ms}",
         takeover=f"count 80 {ms}",
         approval=f"approve 80 {float(ms) / 4:g}",
         words=80,
@@ -234,12 +234,13 @@ async def play_takeover(show: Show, lease: float) -> None:
     """A worker dies in mid-answer, another one ends the answer."""
     show.stage.act(f"The worker is killed in mid-answer (SIGKILL). Its lease is {lease:g} s")
     reader = show.reader
+    workers = await show.fleet.workers(show.client)
     with show.stage.panes("reader 1") as (pane,):
         reader.pane = pane
         turn = await show.session.send(show.script.takeover)
         await reader.until_said(turn, show.script.some)
         started = _last_started(reader, turn)
-        victim = next(w for w in await show.fleet.workers(show.client) if w.worker == started.worker)
+        victim = next(worker for worker in workers if worker.worker == started.worker)
         show.fleet.kill(victim.pid)
         killed = time.monotonic()
         pane.mark(f"worker {victim.pid} is dead", "red")
@@ -250,7 +251,7 @@ async def play_takeover(show: Show, lease: float) -> None:
         took = time.monotonic() - killed
         view = await reader.until_ended(turn)
     last = _last_started(reader, turn)
-    survivor = next((w.pid for w in await show.fleet.workers(show.client) if w.worker == last.worker), 0)
+    survivor = next((worker.pid for worker in workers if worker.worker == last.worker), 0)
     how = "went on from what was stored" if last.resumes_from is not None else "started over"
     show.stage.say(f"Worker {survivor} {how}, {took:.1f} s after the kill.")
     good = last.attempt == 2 and survivor not in (0, victim.pid) and view.state == "completed"

@@ -10,7 +10,7 @@ import msgspec
 from agentrun import brokers
 from agentrun.broker import BrokerAdmin, QueueStats
 from agentrun.brokers.nats_layout import Streams
-from agentrun.cli.common import DURATION, App, Fatal, command, json_option, option
+from agentrun.cli.common import App, Fatal, command, duration, json_option, option
 from agentrun.cli.lines import columns
 from agentrun.worker import WORKERS, WorkerInfo
 
@@ -18,9 +18,9 @@ from agentrun.worker import WORKERS, WorkerInfo
 @command("setup")
 @option("--partitions", type=click.IntRange(1, 64), help="Streams the sessions are spread over; final. Default 1.")
 @option("--replicas", type=click.Choice(["1", "3", "5"]), help="Servers each stream is stored on. Default 1.")
-@option("--delta-ttl", type=DURATION, help="How long tokens stay beside the messages they add up to. Default 1h.")
-@option("--max-age", type=DURATION, help="After what time every record is removed; 0 keeps them. Default 0.")
-@option("--dedupe-window", type=DURATION, help="For how long the id of an input is remembered. Default 2h.")
+@option("--delta-ttl", type=duration, help="How long tokens stay beside the messages they add up to. Default 1h.")
+@option("--max-age", type=duration, help="After what time every record is removed; 0 keeps them. Default 0.")
+@option("--dedupe-window", type=duration, help="For how long the id of an input is remembered. Default 2h.")
 @option("--dry-run", is_flag=True, help="Only say what would be done.")
 @json_option
 async def setup(
@@ -65,7 +65,7 @@ async def set_up(url: str, namespace: str, streams: Streams, *, dry_run: bool = 
 
 
 @command("status")
-@option("--wait", type=DURATION, default=0.5, show_default="500ms", help="How long workers get to answer.")
+@option("--wait", type=duration, default=0.5, show_default="500ms", help="How long workers get to answer.")
 @json_option
 async def status(app: App, wait: float, as_json: bool) -> None:
     """Show the agents' queues, the workers that answer, and the turns they run."""

@@ -16,7 +16,7 @@ from agentrun.cli._bench_faults import bench_resume, bench_takeover
 from agentrun.cli._bench_load import Options, Run, bench_cancel, bench_tokens, bench_turns, open_run
 from agentrun.cli._bench_report import Report, machine, show_machine, show_rows
 from agentrun.cli._fleet import Place, open_place
-from agentrun.cli.common import DURATION, App, command, json_option, option
+from agentrun.cli.common import App, command, duration, json_option, option
 
 _BENCHES: dict[str, Callable[[Run], Awaitable[None]]] = {
     "turns": bench_turns,
@@ -44,10 +44,10 @@ class _Counts(click.ParamType[tuple[int, ...]]):
 @click.argument("what", type=click.Choice([*_BENCHES, "all"]))
 @option("--sessions", type=_Counts(), help="Sessions side by side, a row for each number.  [default: the bench's own]")
 @option("--workers", type=click.IntRange(1), default=1, show_default=True, help="Worker processes (takeover: 2).")
-@option("--seconds", type=DURATION, default=10.0, show_default="10s", help="Length of a measured turn of tokens.")
+@option("--seconds", type=duration, default=10.0, show_default="10s", help="Length of a measured turn of tokens.")
 @option("--rate", type=click.IntRange(1), default=50, show_default=True, help="Tokens a second of each session.")
 @option("--rounds", type=click.IntRange(1), default=20, show_default=True, help="Turns, stops or reads per session.")
-@option("--lease", type=DURATION, default=3.0, show_default="3s", help="takeover: the workers' lease time.")
+@option("--lease", type=duration, default=3.0, show_default="3s", help="takeover: the workers' lease time.")
 @option("--kills", type=click.IntRange(1), default=5, show_default=True, help="takeover: workers that are killed.")
 @option("--events", type=click.IntRange(200), default=10_000, show_default=True, help="resume: events stored.")
 @option("--readers", type=click.IntRange(1), default=100, show_default=True, help="resume: readers that join late.")

@@ -5,7 +5,10 @@ from __future__ import annotations
 import errno
 import functools
 import logging
+import os
 import re
+import select
+import stat
 import sys
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import asynccontextmanager
@@ -20,15 +23,17 @@ from agentrun.errors import AgentrunError, BrokerError, Unavailable
 from agentrun.settings import ClientSettings
 
 __all__ = [
-    "DURATION",
     "App",
     "Fatal",
     "agent_option",
     "command",
     "connection_options",
+    "duration",
     "json_option",
     "option",
+    "pick_agent",
     "session_argument",
+    "until_nobody_reads",
 ]
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -37,6 +42,8 @@ Command = Callable[..., Awaitable[int | None]]
 PREFIX = "AGENTRUN_"
 LEVELS = ("debug", "info", "warning", "error")
 _INTERRUPTED = 130
+_SECONDS = {"": 1.0, "ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
+_LOOK = 0.25
 
 
 class Fatal(Exception):
@@ -77,21 +84,12 @@ class App:
             yield client
 
 
-class _Duration(click.ParamType[float]):
-    name = "duration"
-    _units = {"": 1.0, "ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}  # noqa: RUF012
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
-        if isinstance(value, (int, float)):
-            return float(value)
-        match = re.fullmatch(r"(\d+(?:\.\d+)?|\.\d+)\s*(ms|s|m|h|d|)", str(value).strip())
-        if match is None:
-            self.fail(f"{value!r} is no duration: write seconds, or 500ms, 30s, 2m, 1h, 7d", param, ctx)
-        return float(match[1]) * self._units[match[2]]
-
-
-DURATION = _Duration()
-"""Seconds, or a number with ms, s, m, h or d."""
+def duration(value: str) -> float:
+    """Seconds, of a number with ms, s, m, h or d, or with nothing."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?|\.\d+)\s*(ms|s|m|h|d|)", str(value).strip())
+    if match is None:
+        raise click.BadParameter(f"{value!r} is no duration: write seconds, or 500ms, 30s, 2m, 1h, 7d")
+    return float(match[1]) * _SECONDS[match[2]]
 
 
 def option(*names: str, **attributes: Any) -> Callable[[F], F]:
@@ -196,6 +194,21 @@ def _fail(error: BaseException) -> NoReturn:
         text = f"{type(error).__name__}: {' '.join(str(error).split())} (--log-level debug shows where)"
     click.echo(f"agentrun: {text}", err=True)
     sys.exit(code)
+
+
+async def until_nobody_reads() -> None:
+    """Wait for whoever reads stdout to go away, as ``| head`` does, when nothing may be written for long.
+
+    Raises:
+        BrokenPipeError: Always, in the end; the command ends quietly by it. On Windows it waits for ever.
+    """
+    if not hasattr(select, "poll") or not stat.S_ISFIFO(os.fstat(sys.stdout.fileno()).st_mode):
+        await anyio.sleep_forever()
+    pipe = select.poll()
+    pipe.register(sys.stdout.fileno(), 0)
+    while not pipe.poll(0):  # noqa: ASYNC110 - the event loop cannot wait for this
+        await anyio.sleep(_LOOK)
+    raise BrokenPipeError(errno.EPIPE, "nobody reads what is printed")
 
 
 async def pick_agent(client: Client, agent: str | None) -> str:

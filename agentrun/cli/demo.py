@@ -39,7 +39,7 @@ _LEASE = 2.0
     "--once/--keep", default=True, show_default=True,
     help="End when done; or keep server and workers, for commands of your own, until Ctrl-C.",
 )  # fmt: skip
-@option("--speed", type=click.FloatRange(0.1, 20), default=1.0, show_default=True, help="2: words come twice as fast.")
+@option("--speed", type=click.FloatRange(0.1, 10), default=1.0, show_default=True, help="2: words come twice as fast.")
 async def demo(app: App, once: bool, speed: float) -> int:
     """See it work, on this machine and without any key: a stream, a late reader, a stop, a killed worker, a question.
 

@@ -6,11 +6,12 @@ import sys
 from contextlib import aclosing
 from typing import Any, cast
 
+import anyio
 import click
 import msgspec
 
 from agentrun import wire
-from agentrun.cli.common import App, Fatal, command, json_option, option, session_argument
+from agentrun.cli.common import App, Fatal, command, json_option, option, session_argument, until_nobody_reads
 from agentrun.cli.lines import clean, describe, event_line, short
 from agentrun.cli.render import Renderer, Screen
 from agentrun.client import Event
@@ -27,13 +28,19 @@ async def tail(app: App, session: str, after: int, follow: bool, as_json: bool) 
 
     With --json: {"offset": …, "time": …, "event": the event's JSON as it was stored}.
     """
-    async with app.client() as client, aclosing(client.session(session).events(after, follow=follow)) as events:
+    async with (
+        app.client() as client,
+        anyio.create_task_group() as group,
+        aclosing(client.session(session).events(after, follow=follow)) as events,
+    ):
+        group.start_soon(until_nobody_reads)
         async for event in events:
             if as_json:
                 sys.stdout.buffer.write(event_line(event))
                 sys.stdout.buffer.flush()
             else:
                 click.echo(_line(event))
+        group.cancel_scope.cancel()
 
 
 def _line(event: Event) -> str:

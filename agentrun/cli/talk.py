@@ -12,15 +12,16 @@ import msgspec
 
 from agentrun import wire
 from agentrun.cli.common import (
-    DURATION,
     App,
     Fatal,
     agent_option,
     command,
+    duration,
     json_option,
     option,
     pick_agent,
     session_argument,
+    until_nobody_reads,
 )
 from agentrun.cli.lines import event_line
 from agentrun.cli.render import Renderer, Screen
@@ -47,7 +48,7 @@ PATIENCE = 3.0
     "--on-busy", type=click.Choice(get_args(wire.OnBusy)), default="enqueue", show_default=True,
     help="What if the session has work.",
 )  # fmt: skip
-@option("--deadline", type=DURATION, help="Time after which the turn expires if it has not ended.")
+@option("--deadline", type=duration, help="Time after which the turn expires if it has not ended.")
 @option("--user", help="Who sends it, as readers see it.")
 @option("--metadata", multiple=True, metavar="KEY=VALUE", help="For the agent or readers; may be repeated.")
 @option("--json-input", is_flag=True, help="TEXT is JSON.")
@@ -123,6 +124,7 @@ async def _follow(turn: Turn, as_json: bool) -> int:
 
     try:
         async with anyio.create_task_group() as group, aclosing(turn.events()) as events:
+            group.start_soon(until_nobody_reads)
             async for event in events:
                 if as_json:
                     sys.stdout.buffer.write(event_line(event))
@@ -145,7 +147,7 @@ async def _follow(turn: Turn, as_json: bool) -> int:
 @option("--by", help="Who stops it, as readers see it.")
 @option("--reason", help="Why.")
 @option(
-    "--wait", type=DURATION, default=f"{_SETTINGS.cancel_wait:g}s", show_default=True,
+    "--wait", type=duration, default=f"{_SETTINGS.cancel_wait:g}s", show_default=True,
     help="Time after which a stop without an outcome is reported as pending.",
 )  # fmt: skip
 @json_option

@@ -20,7 +20,7 @@ import msgspec
 
 from agentrun import brokers, settings
 from agentrun.agent import Agent
-from agentrun.cli.common import DURATION, App, Fatal, command, option
+from agentrun.cli.common import App, Fatal, command, duration, option
 from agentrun.errors import InvalidInput
 from agentrun.settings import WorkerSettings
 from agentrun.worker import Worker
@@ -61,7 +61,7 @@ def worker_options(fn: Callable[..., Any]) -> Callable[..., Any]:
     decorated: Callable[..., Any] = collect
     for field in reversed(_FIELDS):
         is_time = isinstance(field.default, float) and field.name not in _PLAIN
-        kind = DURATION if is_time else click.IntRange(min=1) if isinstance(field.default, int) else float
+        kind = duration if is_time else click.IntRange(min=1) if isinstance(field.default, int) else float
         default = f"{field.default:g}s" if is_time else field.default
         make = option(
             "--" + field.name.replace("_", "-"),

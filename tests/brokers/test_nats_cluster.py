@@ -68,7 +68,7 @@ async def cluster_environment(servers: list[NatsServer], settings: Settings) -> 
     yield environment
 
 
-CHECKED = ("L1_one_of_many", "L3", "L4", "L5_many_readers", "L6_offsets", "Q2_fleet", "Q2_turns")
+CHECKED = ("L1_one_of_many", "L3", "L4", "L6_offsets", "Q2_fleet", "Q2_turns")
 
 
 @pytest.mark.parametrize("check", [c for c in CHECKS if c.name.startswith(CHECKED)], ids=lambda c: c.name)

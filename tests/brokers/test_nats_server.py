@@ -67,9 +67,12 @@ def test_a_port_that_another_server_holds_is_refused() -> None:
         NatsServer(port=first.port).start()
 
 
-def test_what_the_server_says_when_it_does_not_start_is_told() -> None:
+def test_what_the_server_says_when_it_does_not_start_is_told_and_nothing_is_left() -> None:
+    server = NatsServer(settings="nonsense: true")
     with pytest.raises(Misconfigured, match="nonsense"):
-        NatsServer(settings="nonsense: true").start()
+        server.start()
+    assert server.pid is None
+    assert server._temporary is None
 
 
 def test_a_missing_server_names_what_to_install(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

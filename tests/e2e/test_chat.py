@@ -106,19 +106,6 @@ def test_who_joins_sees_what_was_said_and_what_others_say(shared: Cli, session: 
     chat.until(PROMPT)
 
 
-def test_a_takeover_is_told(cli: Cli, session: str) -> None:
-    first = cli.worker("first")
-    chat = _chat(cli, session)
-    chat.type("count 40 50\r")
-    chat.until("w5 ")
-    cli.worker("second")
-    first.signal(signal.SIGKILL)
-    chat.until(r"worker first died; second goes on \(attempt 2\)")
-    chat.until("w39 ")
-    text = chat.text.replace("\r\n", "")
-    assert all(text.count(f"w{i} ") == 1 for i in range(40))
-
-
 def test_that_nobody_comes_is_told(cli: Cli, session: str) -> None:
     chat = _chat(cli, session, "--agent", "echo")
     chat.type("anyone?\r")

@@ -9,7 +9,7 @@ import sys
 
 import anyio
 
-from agentrun.testing.openai_server import FakeOpenAI, Refuse
+from agentrun.testing.openai_server import FakeOpenAI, Refuse, Text
 
 COLUMNS = "140"
 
@@ -46,7 +46,11 @@ def test_the_demonstration_counts_what_it_shows() -> None:
 
 
 async def test_the_same_with_a_model() -> None:
-    async with FakeOpenAI(delay=0.1) as model:
+    async with FakeOpenAI() as model:
+        model.script(Text("stone " * 30, delay=0.03))
+        model.script(Text("wagon " * 1000, delay=0.03))
+        model.script(Text("ship " * 1000, delay=0.03))
+        model.script(Text("home " * 10))
         variables = environment(AGENTRUN_MODEL="openai/some", AGENTRUN_API_BASE=model.url, OPENAI_API_KEY="none")
         done = await anyio.run_process(command(), env=variables, check=False)
         stopped = len(model.disconnects)
@@ -57,8 +61,8 @@ async def test_the_same_with_a_model() -> None:
     assert "the model openai/some" in output
     one, two, same = rows["events read by reader 1 / reader 2 / identical"][0].split(" / ")
     assert one == two == same
-    assert rows["the stream"][0].endswith("words, completed")
-    assert rows["the answer of two workers"][0].endswith("words, completed")
+    assert rows["the stream"][0] == "30 words, completed"
+    assert rows["the answer of two workers"][0].endswith(" words, completed")
     assert rows["stop: receipt / ms / words after it"][0].startswith("cancelled / ")
     # The stopped answer, and the one whose worker was killed: the provider was told both times.
     assert stopped == 2

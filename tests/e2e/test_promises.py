@@ -44,7 +44,7 @@ def check_order(events: Sequence[Event]) -> None:
 def test_p1_the_log_is_the_only_truth(cli: Cli, session: str) -> None:
     first = cli.worker("first")
     live = cli.start("tail", session, "--json")
-    sending = cli.start("send", session, "count 80 40", "--id", "t1", "--json")
+    sending = cli.start("send", session, "count 50 40", "--id", "t1", "--json")
     sending.until("w5 ")
     middle = cli.start("tail", session, "--json", "--after", "4")
     cli.worker("second")
@@ -64,16 +64,16 @@ def test_p1_the_log_is_the_only_truth(cli: Cli, session: str) -> None:
 def test_p2_one_turn_at_a_time_in_the_order_sent(cli: Cli, session: str) -> None:
     first = cli.worker("first")
     cli.worker("second")
-    for turn in ("t1", "t2", "t3", "t4", "t5"):
-        cli.send(session, "count 20 40", turn)
+    for turn in ("t1", "t2", "t3", "t4"):
+        cli.send(session, "count 15 40", turn)
     runner = cli.events_until(session, "turn.started")[-1].data
     assert isinstance(runner, TurnStarted)
     if runner.worker == "first":
         first.signal(signal.SIGKILL)
     else:
         first.signal(signal.SIGTERM)
-    for turn in ("t1", "t2", "t3", "t4", "t5"):
-        assert cli.result(session, turn).text.split() == words(20)
+    for turn in ("t1", "t2", "t3", "t4"):
+        assert cli.result(session, turn).text.split() == words(15)
     check_order(cli.log(session))
 
 
@@ -116,7 +116,7 @@ def test_p4_no_zombie_writes(cli: Cli, session: str) -> None:
     attempts = [e.data.attempt for e in events if isinstance(e.data, (TurnStarted, TextDelta, *TERMINAL))]
     assert attempts == sorted(attempts), "an attempt wrote after the next one had begun"
     assert attempts[-1] > 1
-    zombie.until(r"turn t1, attempt 1: taken over at offset \d+", err=True)
+    zombie.until(r"turn t1, attempt 1: .*taken over at offset \d+", err=True)
     assert [worker["running"] for worker in cli.run("status", "--json").json["workers"]] == [[], []]
     zombie.signal(signal.SIGTERM)
     assert zombie.wait(5).code == 0
@@ -175,14 +175,14 @@ def test_p6_sending_is_idempotent_and_atomic(shared: Cli, session: str) -> None:
 
 def test_p7_a_workers_death_costs_seconds_not_the_answer(cli: Cli, session: str) -> None:
     first = cli.worker("first")
-    sending = cli.start("send", session, "count 60 50", "--id", "t1")
+    sending = cli.start("send", session, "count 40 50", "--id", "t1")
     sending.until("w10 ")
     cli.worker("second")
     died = time.time()
     first.signal(signal.SIGKILL)
     result = sending.wait()
     assert result.code == 0, result
-    assert result.out.split() == words(60)
+    assert result.out.split() == words(40)
     assert "worker first died; second goes on (attempt 2)" in result.err
     goes_on = next(e for e in cli.log(session) if isinstance(e.data, TurnStarted) and e.data.attempt == 2)
     assert goes_on.time - died < TAKEOVER

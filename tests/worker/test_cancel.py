@@ -14,6 +14,7 @@ import pytest
 from agentrun import wire
 from agentrun.agent import Context, agent
 from agentrun.broker import Kind
+from agentrun.errors import Retry
 from tests.worker.fleet import Fleet, Part, Wrapped, eventually
 
 
@@ -302,26 +303,32 @@ async def test_all_is_stored_where_nobody_listens(fleet: Fleet) -> None:
     await later.cancel()
 
 
-async def test_a_stop_while_the_last_word_is_on_its_way_is_not_lost(memory_fleet: Fleet) -> None:
-    # The turn is about to be suspended, and the owner's compare-and-append finds the stop: nobody else would obey it.
+@pytest.mark.parametrize("word", ["turn.suspended", "turn.retrying", "turn.released"])
+async def test_a_stop_while_the_last_word_is_on_its_way_is_not_lost(memory_fleet: Fleet, word: str) -> None:
+    # The owner's compare-and-append finds the stop. Nobody else would obey it, or not for a long time.
     found: list[str] = []
 
     class Log(Part):
         async def append(self, session: str, body: bytes, **args: object) -> object:
-            if b'"turn.suspended"' in body and not found:
-                found.append("suspended")
+            if f'"{word}"'.encode() in body and not found:
+                found.append(word)
                 await memory_fleet.append(wire.TurnCancel(turn="t1", by="me"), kind=Kind.CANCEL)
             return await self.inner.append(session, body, **args)
 
     @agent(name="talk")
     async def asks(ctx: Context) -> None:
-        await ctx.approve("sure?")
+        if word == "turn.retrying":
+            raise Retry(after=30.0)
+        await ctx.ask("sure?", hold=0.05 if word == "turn.suspended" else 60.0)
 
-    await memory_fleet.worker(asks, ask_hold=0.05, wrap=lambda b: Wrapped(b, log=Log(b.log)))
+    worker = await memory_fleet.worker(asks, drain=0.05, wrap=lambda b: Wrapped(b, log=Log(b.log)))
     await memory_fleet.session(agent="talk").send("x", id="t1")
+    await memory_fleet.until("turn.started")
+    if word == "turn.released":
+        await worker.drain()
     await memory_fleet.until("turn.cancelled")
-    assert found == ["suspended"]
-    assert "turn.suspended" not in await memory_fleet.types()
+    assert found == [word]
+    assert word not in await memory_fleet.types()
 
 
 @pytest.mark.parametrize("seen", ["by-watch", "by-conflict"])

@@ -98,7 +98,7 @@ async def test_whatever_happens(fleet: Fleet, seed: int) -> None:
 async def everything_ends(fleet: Fleet, name: str) -> None:
     """Answer what is asked until nothing is pending; then every turn has exactly one end."""
     session = fleet.session(name, "any")
-    with anyio.fail_after(40):
+    with anyio.fail_after(20):
         while (await fleet.broker.log.last(name)).pending:
             for view in (await session.history()).turns.values():
                 if not view.ended and any(q.answer is None for q in view.questions.values()):

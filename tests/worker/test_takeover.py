@@ -11,7 +11,7 @@ import anyio
 from agentrun import wire
 from agentrun.agent import Context, agent
 from agentrun.broker import Kind
-from agentrun.testing import MemoryEnvironment, Settings
+from agentrun.testing import Environments, Settings, memory_environments
 from agentrun.testing.faults import Faults, FaultyBroker
 from tests.worker.fleet import LEASE, Fleet, check_session, eventually, fleet_on
 
@@ -258,16 +258,18 @@ async def test_a_stop_stored_while_the_owner_is_dead_is_obeyed_by_the_next(fleet
     assert record.pending == ()
 
 
-async def test_offsets_of_deltas_that_expired_unseen_are_not_given_out_again() -> None:
-    environment = MemoryEnvironment(Settings(lease_ttl=LEASE, delta_ttl=0.9))
+async def test_offsets_of_deltas_that_expired_unseen_are_not_given_out_again(environments: Environments) -> None:
     script = Script(resume=True)
-    async with fleet_on(environment) as fleet:
+    settings = Settings(lease_ttl=LEASE, delta_ttl=2.0)
+    async with environments(settings) as environment, fleet_on(environment) as fleet:
         fleet.sessions = set()  # its offsets are not dense, and that is the point
         first = await fleet.worker(script.agent, checkpoint=100.0)
         turn = await fleet.client.session("s", agent="script").send("go")
         said_at = await until_said(fleet, WORDS[4])
         await first.crash()
-        await anyio.sleep(1.1)
+        with anyio.fail_after(10):
+            while any(r.kind is Kind.DELTA for r, _ in await fleet.records()):  # noqa: ASYNC110 - time must pass
+                await anyio.sleep(0.2)
         await fleet.worker(script.agent, checkpoint=100.0)
         result = await turn.result(10)
         assert result.text == "".join(WORDS)
@@ -279,9 +281,9 @@ async def test_offsets_of_deltas_that_expired_unseen_are_not_given_out_again() -
 
 
 async def test_a_long_turn_keeps_what_it_said_past_the_expiry_of_its_deltas() -> None:
-    environment = MemoryEnvironment(Settings(lease_ttl=LEASE, delta_ttl=0.8))
     script = Script(resume=True)
-    async with fleet_on(environment) as fleet:
+    settings = Settings(lease_ttl=LEASE, delta_ttl=0.8)
+    async with memory_environments(settings) as environment, fleet_on(environment) as fleet:
         fleet.sessions = set()
         first = await fleet.worker(script.agent)
         turn = await fleet.client.session("s", agent="script").send("go")
