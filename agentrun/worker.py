@@ -284,7 +284,11 @@ class Worker:
 
     async def _carry(self, carrier: _Carrier, shared: Shared, attempts: list[Attempt]) -> None:
         lease = carrier.lease
-        history, tail = await self._load(lease)
+        if lease.tail.offset == 1:
+            # A session's first turn, as most are: there is nothing more to read.
+            history, tail = _fold([lease.record]), lease.tail
+        else:
+            history, tail = await self._load(lease)
         while True:
             action = decide(
                 history, tail.pending, lease.record, now=time.time(), max_attempts=self.settings.max_attempts

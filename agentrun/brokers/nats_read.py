@@ -14,7 +14,7 @@ from agentrun.broker import Kind, Record, Tail
 from agentrun.brokers.nats_core import Core
 from agentrun.brokers.nats_layout import Route, Stored, parse_headers, parse_time, stored_of
 from agentrun.brokers.nats_link import PATIENCE, ApiError, NotConnected, status
-from agentrun.errors import Misconfigured, Unavailable
+from agentrun.errors import BrokerError, Misconfigured, Unavailable
 
 BATCH = 500
 BATCH_BYTES = 1 << 20
@@ -114,10 +114,24 @@ class Reader:
             found = await self._fetch(route, route.all, start, limit, newest.seq)
         else:
             found: list[Stored] = []
-            for filter in (f"{route.base}.in.>", f"{route.base}.out.turn"):
-                target = await self._target(route, filter, newest)
-                # What came after `newest` is left to the next page: the other filter may not have seen its time.
-                found += [s for s in await self._fetch(route, filter, start, limit, target) if s.seq <= newest.seq]
+
+            failures: list[BrokerError] = []
+
+            async def take(filter: str) -> None:
+                try:
+                    target = await self._target(route, filter, newest)
+                    stored = await self._fetch(route, filter, start, limit, target)
+                except BrokerError as error:  # raised below, not wrapped in a group
+                    failures.append(error)
+                else:
+                    # What came after `newest` is left to the next page: the other filter may not have seen its time.
+                    found.extend(s for s in stored if s.seq <= newest.seq)
+
+            async with anyio.create_task_group() as group:
+                group.start_soon(take, f"{route.base}.in.>")
+                group.start_soon(take, f"{route.base}.out.turn")
+            if failures:
+                raise failures[0]
             found.sort(key=lambda s: s.seq)
             del found[limit:]
         complete = len(found) < limit
