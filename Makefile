@@ -49,8 +49,10 @@ format: venv
 bench: venv
 	$(BIN)/agentrun bench all
 
+# SEEDS storms on each broker: workers die, are cut off and drained while turns are sent, stopped and answered.
+SEEDS ?= 20
 chaos: venv
-	$(BIN)/python -m pytest tests/brokers/test_faults.py tests/worker --count-faults $(PYTEST_ARGS)
+	AGENTRUN_SEEDS=$(SEEDS) $(BIN)/python -m pytest tests/worker/test_storm.py tests/brokers/test_faults.py $(PYTEST_ARGS)
 
 clean:
 	rm -rf $(VENV) $(NEWER) .agentrun .pytest_cache .hypothesis .ruff_cache build dist

@@ -48,6 +48,12 @@ def _decode(raw: bytes) -> wire.AnyEvent:
         return wire.UnknownEvent(_names_of(raw).type, raw)
 
 
+def _sent(raw: bytes) -> wire.AnyEvent:
+    """Return what a sender appended. Anyone may, so an owner's event in such a record is a forgery, and says nothing."""
+    event = _decode(raw)
+    return event if isinstance(event, (*wire.InputEvent.__args__, wire.UnknownEvent)) else wire.UnknownEvent("", raw)
+
+
 class Event:
     """One event of a session.
 
@@ -121,8 +127,11 @@ class Reader:
                 hole = (self.offset + 1, record.offset - 1)
                 events.append(_stand_in(await self._fill(hole, records[index:]), record.time))
             self.offset = record.offset
+            if record.kind.input:
+                data = _sent(record.body)
+                events.append(Event(record.offset, record.body, time=record.time, cursor=record.cursor, data=data))
             # The quotes of a quoted "chunk" are escaped in JSON, so this spares decoding nearly all others.
-            if b'"chunk"' not in record.body:
+            elif b'"chunk"' not in record.body:
                 events.append(Event(record.offset, record.body, time=record.time, cursor=record.cursor))
             elif event := await self._join(record):
                 events.append(event)

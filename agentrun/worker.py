@@ -34,6 +34,8 @@ WORKERS = "workers"
 
 _LEASERS = 8
 _PAGE = 1000
+_LAST_APPENDS = 5.0
+"""Seconds turns that are handed back get to say so in the log."""
 
 
 class RunningTurn(Struct, frozen=True):
@@ -131,11 +133,22 @@ class Worker:
         self._now.set()
 
     async def serve(self) -> None:
-        """`run`, with the signals of a process: SIGTERM or SIGINT drains, a second one stops now."""
+        """`run`, with the signals of a process: SIGTERM or SIGINT drains, a second one stops now.
+
+        Where an agent still does not end some seconds after its turn was handed back, the process ends with status 1.
+        """
         async with anyio.create_task_group() as group:
             group.start_soon(self._obey_signals)
+            group.start_soon(self._give_up)
             await self.run()
             group.cancel_scope.cancel()
+
+    async def _give_up(self) -> None:
+        """End the process where an agent that never ends would keep it: its turn was handed back long ago."""
+        await self._now.wait()
+        await anyio.sleep(2 * self.settings.cancel_grace + _LAST_APPENDS)
+        log.error("agents of worker %s do not end; the process ends without them", self.name)
+        os._exit(1)
 
     async def _obey_signals(self) -> None:
         with anyio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
@@ -194,7 +207,7 @@ class Worker:
         self._now.set()
         for attempt in list(self._attempts):
             attempt.stop(Stop(Cause.DRAIN))
-        with anyio.move_on_after(self.settings.cancel_grace + 5):
+        with anyio.move_on_after(self.settings.cancel_grace + _LAST_APPENDS):
             await self._until_idle()
 
     async def _until_idle(self) -> None:

@@ -224,6 +224,17 @@ def test_a_second_sigterm_does_not_wait(cli: Cli, session: str) -> None:
     assert cli.log(session)[-1].type == "turn.released"
 
 
+def test_an_agent_that_never_ends_does_not_keep_the_process(cli: Cli, session: str) -> None:
+    worker = cli.worker("w", "--drain", "60", "--cancel-grace", "0.2")
+    cli.send(session, "stubborn 600000", "t1")
+    cli.events_until(session, "text.delta")
+    worker.signal(signal.SIGTERM)
+    worker.until("draining, 1 turns", err=True)
+    worker.signal(signal.SIGTERM)
+    assert worker.wait().code == 1
+    assert cli.log(session)[-1].type == "turn.released"
+
+
 def test_a_worker_with_nothing_to_do_ends_at_once(cli: Cli) -> None:
     worker = cli.worker("w")
     worker.signal(signal.SIGINT)

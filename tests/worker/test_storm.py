@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 from collections.abc import AsyncIterator
 
@@ -10,6 +11,7 @@ import pytest
 
 from agentrun import wire
 from agentrun.agent import Context, agent
+from agentrun.broker import Broker
 from agentrun.errors import BrokerError, SessionError
 from agentrun.testing.faults import Faults, FaultyBroker
 from tests.worker.fleet import Fleet, Running
@@ -32,15 +34,15 @@ async def anything(ctx: Context) -> AsyncIterator[str]:
     await ctx.steering()
 
 
-@pytest.mark.parametrize("seed", [1, 2])
+@pytest.mark.parametrize("seed", range(1, 1 + int(os.environ.get("AGENTRUN_SEEDS", "2"))))
 async def test_whatever_happens(fleet: Fleet, seed: int) -> None:
     dice = random.Random(seed)
     workers: list[Running] = []
     cut: list[FaultyBroker] = []
     sent: list[tuple[str, str]] = []
 
-    def wrap(broker: object) -> FaultyBroker:
-        cut.append(FaultyBroker(broker, Faults(lose_ack=0.02, refuse=0.01, lose_extend=0.1, seed=len(cut))))  # type: ignore[arg-type]
+    def wrap(broker: Broker) -> FaultyBroker:
+        cut.append(FaultyBroker(broker, Faults(lose_ack=0.02, refuse=0.01, lose_extend=0.1, seed=len(cut))))
         return cut[-1]
 
     async def start() -> None:
