@@ -49,7 +49,7 @@ def _decode(raw: bytes) -> wire.AnyEvent:
 
 
 def _sent(raw: bytes) -> wire.AnyEvent:
-    """Return what a sender appended. Anyone may, so an owner's event in such a record is a forgery, and says nothing."""
+    """Return what a sender appended. Anyone may: an owner's event in such a record is a forgery and says nothing."""
     event = _decode(raw)
     return event if isinstance(event, (*wire.InputEvent.__args__, wire.UnknownEvent)) else wire.UnknownEvent("", raw)
 
