@@ -297,11 +297,7 @@ class Worker:
 
     async def _carry(self, carrier: _Carrier, shared: Shared, attempts: list[Attempt]) -> None:
         lease = carrier.lease
-        if lease.tail.offset == 1:
-            # A session's first turn, as most are: there is nothing more to read.
-            history, tail = _fold([lease.record]), lease.tail
-        else:
-            history, tail = await self._load(lease)
+        history, tail = await self._load(lease)
         while True:
             action = decide(
                 history, tail.pending, lease.record, now=time.time(), max_attempts=self.settings.max_attempts
@@ -331,12 +327,15 @@ class Worker:
     async def _attempt(self, attempt: Attempt, agent: str, carrier: _Carrier) -> None:
         key = (carrier.lease.session, carrier.lease.record.offset)
         self._attempts[attempt] = agent
+        # A queue that gives an input out twice at once makes two attempts of it here; the log decides between them.
         self._carried[key] = carrier
         try:
             outcome = await attempt.run()
         finally:
             # From here on a lease that comes back is a new one.
-            del self._attempts[attempt], self._carried[key]
+            del self._attempts[attempt]
+            if self._carried.get(key) is carrier:
+                del self._carried[key]
         match outcome:
             case HandedBack(delay):
                 await carrier.lease.nack(delay=delay)
