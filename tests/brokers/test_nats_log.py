@@ -240,8 +240,8 @@ async def test_many_and_large_records_are_read_in_pages(env: NatsEnvironment) ->
 
 async def test_a_message_that_is_no_record_is_named(env: NatsEnvironment) -> None:
     async with env.broker() as broker:
-        await broker.connection.publish(f"agentrun.{env.namespace}.0.s.out.turn", b"garbage")
-        await broker.connection.flush()
+        # As a request, whose reply is the stream's word that it is stored.
+        await broker.connection.request(f"agentrun.{env.namespace}.0.s.out.turn", b"garbage", timeout=5)
         with pytest.raises(InvalidInput, match="seq 1"):
             await broker.log.last("s")
 

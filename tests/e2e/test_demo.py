@@ -64,8 +64,9 @@ async def test_the_same_with_a_model() -> None:
     assert rows["the stream"][0] == "30 words, completed"
     assert rows["the answer of two workers"][0].endswith(" words, completed")
     assert rows["stop: receipt / ms / words after it"][0].startswith("cancelled / ")
-    # The stopped answer, and the one whose worker was killed: the provider was told both times.
-    assert stopped == 2
+    # The stopped answer, and the one whose worker was killed: the provider was told both times. (A worker that ends
+    # may close a connection that is only just through with its answer.)
+    assert stopped >= 2
 
 
 async def test_a_model_that_refuses_is_said_so() -> None:
