@@ -105,6 +105,7 @@ class Turn(_Handle[aio.Turn]):
     """See `agentrun.client.Turn`."""
 
     result = _call(aio.Turn.result)
+    view = _call(aio.Turn.view)
     cancel = _call(aio.Turn.cancel)
     answer = _call(aio.Turn.answer)
     steer = _giving(lambda loop, turn: Steer(loop, turn), aio.Turn.steer)
@@ -127,6 +128,14 @@ class Turn(_Handle[aio.Turn]):
     def events(self) -> Generator[Event]:
         """See `agentrun.client.Turn.events`. Leaving the loop is safe."""
         return self._loop.iterate(self._handle.events())
+
+    def concerns(self, event: Event) -> bool:
+        """See `agentrun.client.Turn.concerns`."""
+        return self._handle.concerns(event)
+
+    def ended_by(self, event: Event) -> bool:
+        """See `agentrun.client.Turn.ended_by`."""
+        return self._handle.ended_by(event)
 
 
 class Steer(Turn):

@@ -405,3 +405,11 @@ class BrokerAdmin(Protocol):
     async def stats(self) -> list[QueueStats]:
         """The queues of all agents."""
         ...
+
+    async def sessions(self, *, limit: int = 1000) -> list[str]:
+        """The names of sessions that hold an input, at most ``limit`` of them, in no particular order.
+
+        For operators and for development: the cost grows with the number of sessions there are, whatever ``limit``
+        is, and the broker bears it.
+        """
+        ...

@@ -141,6 +141,7 @@ class Session:
         user: str | None = None,
         device: str | None = None,
         parent: str | None = None,
+        replaces: str | None = None,
         metadata: Mapping[str, Any] | None = None,
         trace: Mapping[str, str] | None = None,
     ) -> Turn:
@@ -161,6 +162,10 @@ class Session:
             user: Who sends it, as readers see it.
             device: From where.
             parent: The turn that caused this one.
+            replaces: A turn of this session in whose place this one is sent, to regenerate an answer or to edit an
+                input: its exchange, and that of all turns sent after it, leaves the history, whatever becomes of this
+                one. An id the session does not know replaces nothing. What still runs goes on unless ``on_busy`` is
+                ``interrupt``; not with ``steer``.
             metadata: Anything the agent or a reader may want to know; JSON.
             trace: Trace context, such as ``traceparent``.
 
@@ -171,21 +176,28 @@ class Session:
             TooLarge: The input is over the broker's limit.
             Unavailable: No outcome within ``settings.send_timeout``. Sending again with the same id is safe.
         """
-        request = self._request(input, agent, id, on_busy)
+        request = self._request(input, agent, id, on_busy, replaces)
         request.deadline = inputs.deadline_of(deadline)
         request.user, request.device, request.parent = user, device, parent
         request.metadata, request.trace = dict(metadata or {}), dict(trace or {})
         return Turn(self, request.turn, await self._append(request, minted=id is None))
 
-    def _request(self, input: Any, agent: str | None, id: str | None, on_busy: OnBusy) -> wire.TurnRequested:
+    def _request(
+        self, input: Any, agent: str | None, id: str | None, on_busy: OnBusy, replaces: str | None
+    ) -> wire.TurnRequested:
         inputs.check_on_busy(on_busy)
+        if replaces is not None:
+            check_id("the id of the turn to replace", replaces)
+            if on_busy == "steer":
+                raise InvalidInput("a turn that becomes part of the running one replaces none: use another on_busy")
         name = agent or self.agent
         if name is None:
             raise InvalidInput(
                 "to which agent? Give send(…, agent=…), client.session(id, agent=…) or connect(url, agent=…)"
             )
         turn = uuid.uuid4().hex if id is None else check_id("a turn's id", id)
-        return wire.TurnRequested(turn=turn, agent=check_id("an agent's name", name), input=input, on_busy=on_busy)
+        agent = check_id("an agent's name", name)
+        return wire.TurnRequested(turn=turn, agent=agent, input=input, on_busy=on_busy, replaces=replaces)
 
     async def _append(self, request: wire.TurnRequested, *, minted: bool) -> int:
         log = self._broker.log
@@ -365,51 +377,58 @@ class Turn:
         event = wire.TurnAnswer(turn=self.id, request=request, value=value, user=user)
         return await inputs.answer(self._broker.log, self.session.id, event, timeout=self._settings.send_timeout)
 
-    async def _agent(self) -> str | None:
-        return (await self._view()).agent or None
+    async def view(self) -> TurnView:
+        """Return the turn as the log tells it, without what the tokens in flight add.
 
-    async def _view(self) -> TurnView:
+        Costs a read of all that lasts of the session.
+
+        Raises:
+            TurnNotFound: The session holds no such turn.
+        """
         log = self._broker.log
         history = await reading.Fold(log, self.session.id).update(await log.last(self.session.id))
         view = history.turns.get(self.id)
         if view is None:
             raise TurnNotFound(f"session {self.session.id} has no turn {self.id}")
+        self.offset = view.offset
         return view
 
+    def concerns(self, event: Event) -> bool:
+        """Whether an event behind this turn's request is one of `events`: its own, a stop of the session, a hole."""
+        if event.turn == self.id or isinstance(event.data, wire.Gap):
+            return True
+        if isinstance(event.data, wire.TurnCancel):
+            return event.data.all
+        return self.ended_by(event)
+
+    def ended_by(self, event: Event) -> bool:
+        """Whether nothing comes of the turn after this event. ``offset`` must be known for turns that steer."""
+        match event.data:
+            case wire.SteerConsumed() | wire.InputRejected() as data:
+                return data.offset == self.offset
+            case data:
+                return isinstance(data, wire.TERMINAL) and data.turn == self.id
+
+    async def _agent(self) -> str | None:
+        return (await self.view()).agent or None
+
     async def _read(self, *, deltas: bool) -> AsyncGenerator[Event]:
-        if self.offset is None:
-            self.offset = (await self._view()).offset
-        if self.offset == 0:
+        offset = self.offset if self.offset is not None else (await self.view()).offset
+        if offset == 0:
             raise self._not_found("is no longer in the log: its beginning was trimmed")
-        async with reading.follow(self._broker.log, self.session.id, after=self.offset - 1, deltas=deltas) as events:
+        async with reading.follow(self._broker.log, self.session.id, after=offset - 1, deltas=deltas) as events:
             first = await anext(events)
             if not isinstance(first.data, wire.TurnRequested) or first.turn != self.id:
                 raise self._not_found(f"is not at offset {self.offset}: the log was trimmed or deleted since")
             yield first
             async for event in events:
-                if event.turn == self.id or self._concerned_by(event.data):
+                if self.concerns(event):
                     yield event
-                if self._ended_by(event.data):
+                if self.ended_by(event):
                     return
 
     def _not_found(self, why: str) -> TurnNotFound:
         return TurnNotFound(f"turn {self.id} of session {self.session.id} {why}")
-
-    def _concerned_by(self, data: wire.AnyEvent) -> bool:
-        match data:
-            case wire.Gap():
-                return True
-            case wire.TurnCancel():
-                return data.all
-            case _:
-                return self._ended_by(data)
-
-    def _ended_by(self, data: wire.AnyEvent) -> bool:
-        match data:
-            case wire.SteerConsumed() | wire.InputRejected():
-                return data.offset == self.offset
-            case _:
-                return isinstance(data, wire.TERMINAL) and data.turn == self.id
 
     def _result(self, last: Event) -> Result:
         match last.data:

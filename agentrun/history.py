@@ -6,6 +6,7 @@ Everybody who needs to know how a session stands (worker, client, operator) appl
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -88,6 +89,9 @@ class TurnView:
     """The first later turn that was sent to interrupt (or roll back) this one before it had ended."""
     rollback: bool = False
     """Whether that one asked for a rollback."""
+    replaced_by: str | None = None
+    """The first later turn that was sent in place of this one or of one before it: this one's exchange is no part of
+    the conversation any more. Whatever becomes of that later turn: its sender saw the conversation go on without."""
     suspended_until: float | None = None
     retry_at: float | None = None
     _own: MessageBuilder = field(default_factory=MessageBuilder)
@@ -264,13 +268,14 @@ class History:
     def messages(self, *, until: str | None = None) -> list[ChatMessage]:
         """Return the conversation as chat messages for a provider.
 
-        With ``until``: every exchange before that turn, then the turn's own input, without what it has answered so far
-        (`message_to_chat` of its message, for an agent that goes on from there). Without: everything.
+        With ``until``: every exchange before that turn, then the turn's own input (also where it was replaced), without
+        what it has answered so far (`message_to_chat` of its message, for an agent that goes on from there). Without:
+        everything.
 
         An exchange is the user's input, the inputs of the turns it consumed (steering), then the assistant's answer
         with its tool results: the model may have seen the steering in mid-answer, but that place cannot be told to
         every provider. A turn that was cancelled, failed or expired keeps its input and what it said. Left out are
-        turns that were rolled back, were rejected, or wait for their first attempt.
+        turns that were replaced, were rolled back, were rejected, or wait for their first attempt.
 
         Raises:
             TurnNotFound: There is no turn ``until``.
@@ -280,17 +285,20 @@ class History:
         chat: list[ChatMessage] = []
         for view in self.turns.values():
             if view.id == until:
-                return chat + self._said_by_user(view)
+                return chat + self._said_by_user(view, *self._steers(view))
             waiting = view.state == "queued" and view.attempt == 0
-            if waiting or view.rolled_back or view.state in ("rejected", "consumed"):
+            gone = view.rolled_back or view.replaced_by is not None
+            if waiting or gone or view.state in ("rejected", "consumed"):
                 continue
-            chat += self._said_by_user(view)
+            chat += self._said_by_user(view, *(s for s in self._steers(view) if s.replaced_by is None))
             chat += message_to_chat(view.message)
         return chat
 
-    def _said_by_user(self, view: TurnView) -> list[ChatMessage]:
-        turns = (view, *(self.turns[steer] for steer in view.steers))
-        return [m for turn in turns if turn.request is not None for m in input_to_chat(turn.request.input)]
+    def _steers(self, view: TurnView) -> list[TurnView]:
+        return [self.turns[steer] for steer in view.steers]
+
+    def _said_by_user(self, *views: TurnView) -> list[ChatMessage]:
+        return [m for view in views if view.request is not None for m in input_to_chat(view.request.input)]
 
     def _requested(self, offset: int, event: wire.TurnRequested) -> TurnView:
         if known := self.turns.get(event.turn):
@@ -300,9 +308,18 @@ class History:
                 if view.interrupted_by is None:
                     view.interrupted_by = event.turn
                     view.rollback = event.on_busy == "rollback"
+        self._replace(event)
         view = TurnView(event.turn, offset, event.agent, event)
         self.turns[event.turn] = self._at[offset] = view
         return view
+
+    def _replace(self, event: wire.TurnRequested) -> None:
+        if event.replaces not in self.turns:
+            return
+        # By the order they were sent in, not by offset: where requests were trimmed, several turns have offset 0.
+        after = itertools.dropwhile(lambda view: view.id != event.replaces, self.turns.values())
+        for view in after:
+            view.replaced_by = view.replaced_by or event.turn
 
     def _answered(self, offset: int, event: wire.TurnAnswer) -> TurnView | None:
         view = self.turns.get(event.turn)

@@ -89,6 +89,12 @@ class Event:
         return self.data.type
 
     @property
+    def unusable(self) -> bool:
+        """Whether it stands where anyone may append, and is no input: junk, or a forgery. It says nothing."""
+        data = self._data
+        return isinstance(data, wire.UnknownEvent) and not data.type
+
+    @property
     def turn(self) -> str | None:
         """The turn it belongs to, if any."""
         data = self.data

@@ -138,7 +138,11 @@ class _Event(Struct, tag_field="type", omit_defaults=True, kw_only=True):
 
 
 class TurnRequested(_Event, tag="turn.requested", kw_only=True):
-    """A turn, as its sender queued it. ``deadline`` is in seconds since the epoch."""
+    """A turn, as its sender queued it. ``deadline`` is in seconds since the epoch.
+
+    ``replaces`` names a turn of the session: its exchange, and that of every turn sent after it and before this one,
+    leaves the history as soon as this request is stored.
+    """
 
     turn: str
     agent: str
@@ -148,6 +152,7 @@ class TurnRequested(_Event, tag="turn.requested", kw_only=True):
     on_busy: OnBusy = "enqueue"
     deadline: float | None = None
     parent: str | None = None
+    replaces: str | None = None
     metadata: dict[str, Any] = {}
     trace: dict[str, str] = {}
 

@@ -9,6 +9,7 @@ The parts (`MemoryState`, `MemoryLog`, `MemoryQueue`, `MemorySignals`) are publi
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import asynccontextmanager, suppress
 from typing import Self
@@ -256,6 +257,12 @@ class MemoryBroker:
         """The queues of all agents."""
         await checkpoint()
         return [self._stats(name, agent) for name, agent in sorted(self.state.agents.items())]
+
+    async def sessions(self, *, limit: int = 1000) -> list[str]:
+        """See `BrokerAdmin.sessions`."""
+        await checkpoint()
+        holding = (n for n, session in self.state.sessions.items() if any(r.kind is Kind.TURN for r in session.kept))
+        return list(itertools.islice(holding, limit))
 
     def _stats(self, name: str, agent: AgentQueue) -> QueueStats:
         now = self.state.clock()

@@ -178,3 +178,11 @@ class NatsBroker:
     async def stats(self) -> list[QueueStats]:
         """The queues of all agents. ``leased`` counts turns that are held early as well."""
         return await self._admin.stats()
+
+    async def sessions(self, *, limit: int = 1000) -> list[str]:
+        """See `BrokerAdmin.sessions`. Costs the servers a list of all sessions, 100,000 to a request.
+
+        Raises:
+            Unavailable: A stream's leader does not answer.
+        """
+        return await self._admin.sessions(limit)

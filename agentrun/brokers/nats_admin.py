@@ -16,8 +16,10 @@ from agentrun.brokers.nats_layout import (
     VERSION,
     Layout,
     Streams,
+    consumer_filter,
     differences,
     parse_time,
+    session_of,
     stream_name,
     stream_needs,
 )
@@ -58,6 +60,15 @@ class _Consumer(Struct, frozen=True):
 class _Consumers(Struct, frozen=True):
     total: int = 0
     consumers: list[_Consumer] = field(default_factory=list[_Consumer])
+
+
+class _Subjects(Struct, frozen=True):
+    subjects: dict[str, int] | None = None
+
+
+class _Page(Struct, frozen=True):
+    total: int = 0
+    state: _Subjects = _Subjects()
 
 
 async def check_server(core: Core) -> None:
@@ -254,6 +265,31 @@ class NatsAdmin:
                     agent, before.waiting + c.num_pending, before.leased + c.num_ack_pending, c.config.ack_wait / _NS
                 )
         return [sums[agent] for agent in sorted(sums)]
+
+    async def sessions(self, limit: int) -> list[str]:
+        """See `BrokerAdmin.sessions`."""
+        found: dict[str, None] = {}
+        for partition in range(self._core.found.partitions):
+            if len(found) >= limit:
+                break
+            await self._sessions(partition, limit, found)
+        return list(found)[:limit]
+
+    async def _sessions(self, partition: int, limit: int, found: dict[str, None]) -> None:
+        # The subjects of turns: one for each agent that a session has talked to.
+        name = stream_name(self._core.namespace, partition)
+        filter = consumer_filter(self._core.namespace, partition, "*")
+        seen = 0
+        while len(found) < limit:
+            reply = await self._core.reads.api(f"STREAM.INFO.{name}", {"subjects_filter": filter, "offset": seen})
+            if isinstance(reply, ApiError):
+                raise Unavailable(f"stream {name}: {reply.description}")
+            page = msgspec.json.decode(reply, type=_Page)
+            subjects = page.state.subjects or {}
+            found.update((session_of(subject), None) for subject in subjects)
+            seen += len(subjects)
+            if not subjects or seen >= page.total:
+                return
 
     async def _consumers(self, stream: str) -> list[_Consumer]:
         out: list[_Consumer] = []

@@ -26,6 +26,13 @@ BUFFER = 2048
 BUFFER_BYTES = 8 << 20
 IDLE = 2.0
 """Seconds of silence after which the end is looked up: a lost last message leaves no gap to see."""
+IDLE_MOST = 60.0
+"""What that grows to, doubled at each look, while the session has nothing pending.
+
+A turn that is under way ends in a record that nothing follows: that one must be found soon. In a session without work
+the next record is a request, and what its turn appends shows that the request was lost. So only a lost request that no
+worker takes, and a session's deletion, may be told that late. 5,000 idle sessions cost 83 gets a second, not 2,500.
+"""
 
 
 class Follower:
@@ -46,6 +53,7 @@ class Follower:
         self._behind = True
         """Whether the stream must be read before live records can be trusted."""
         self._existed = False
+        self._idle = IDLE
         self._buffer: deque[Stored] = deque()
         self._bytes = 0
         self._wake = anyio.Event()
@@ -69,6 +77,7 @@ class Follower:
         return self
 
     def _reread(self) -> None:
+        self._idle = IDLE
         self._behind = True
         self._buffer.clear()
         self._bytes = 0
@@ -97,6 +106,7 @@ class Follower:
             if records:
                 self._after = records[-1].offset
                 self._existed = True
+                self._idle = IDLE
                 return records
 
     async def _step(self) -> Sequence[Record]:
@@ -107,7 +117,7 @@ class Follower:
         if self._behind:
             return ()
         self._wake = anyio.Event()
-        with anyio.move_on_after(IDLE * random.uniform(0.8, 1.2)):  # noqa: S311
+        with anyio.move_on_after(self._idle * random.uniform(0.8, 1.2)):  # noqa: S311
             await self._wake.wait()
             return ()
         await self._look()
@@ -190,3 +200,5 @@ class Follower:
                 raise SessionGone(f"session {self._session} was deleted")
         if newest is not None and self._is_missing(newest):
             self._behind = True
+        busy = newest is not None and newest.record().pending
+        self._idle = IDLE if busy else min(2 * self._idle, IDLE_MOST)

@@ -23,6 +23,7 @@ _COMMANDS = {
     "history": ("agentrun.cli.read:history", "Print a session's conversation."),
     "cancel": ("agentrun.cli.talk:cancel", "Stop a turn, or all of a session, and print the receipt."),
     "answer": ("agentrun.cli.talk:answer", "Answer a question that a turn asked."),
+    "sessions": ("agentrun.cli.admin:sessions", "List the sessions, newest first."),
     "delete": ("agentrun.cli.read:delete", "Remove a session with all its records."),
     "status": ("agentrun.cli.admin:status", "Show queues, workers and running turns."),
     "demo": ("agentrun.cli.demo:demo", "Watch a fleet survive what breaks others."),

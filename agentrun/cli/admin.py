@@ -1,18 +1,24 @@
-"""``agentrun setup`` and ``agentrun status``: what an operator does."""
+"""``agentrun setup``, ``sessions`` and ``status``: what an operator does."""
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
+import anyio
 import click
 import msgspec
 
 from agentrun import brokers
-from agentrun.broker import BrokerAdmin, QueueStats
+from agentrun.broker import Broker, BrokerAdmin, QueueStats, Tail
 from agentrun.brokers.nats_layout import Streams
 from agentrun.cli.common import App, Fatal, command, duration, json_option, option
 from agentrun.cli.lines import columns
 from agentrun.worker import WORKERS, WorkerInfo
+
+LOOKED_AT = 10_000
+"""Sessions whose ends ``agentrun sessions`` looks up to find the newest."""
+_AT_ONCE = 100
 
 
 @command("setup")
@@ -62,6 +68,55 @@ async def set_up(url: str, namespace: str, streams: Streams, *, dry_run: bool = 
     async with brokers.connect(url, namespace=namespace, check=False, streams=streams) as broker:
         assert isinstance(broker, BrokerAdmin)
         return await broker.setup(dry_run=dry_run)
+
+
+@command("sessions")
+@option("--limit", type=click.IntRange(min=1), default=50, show_default=True, help="How many to show.")
+@json_option
+async def sessions(app: App, limit: int, as_json: bool) -> None:
+    """List the sessions, newest first: the offset and the time of the last record, and whether there is work left.
+
+    The broker lists all sessions it has, and each one's end is looked up: for operators, not for programs that do it
+    often.
+    """
+    async with app.client() as client:
+        if not isinstance(client.broker, BrokerAdmin):
+            raise Fatal("this broker cannot list its sessions")
+        names = await client.broker.sessions(limit=LOOKED_AT)
+        ends = await _ends(client.broker, names)
+    newest = sorted(ends, key=lambda name: ends[name].time, reverse=True)[:limit]
+    if len(names) == LOOKED_AT:
+        click.echo(f"{LOOKED_AT} sessions were looked at, there may be more", err=True)
+    if as_json:
+        body = [
+            {"session": name, "offset": ends[name].offset, "time": ends[name].time, "busy": bool(ends[name].pending)}
+            for name in newest
+        ]
+        click.echo(msgspec.json.encode({"namespace": app.namespace, "sessions": body}))
+        return
+    rows = [(name, ends[name].offset, _when(ends[name].time), "busy" if ends[name].pending else "") for name in newest]
+    for line in columns(("session", "offset", "last record", ""), rows) if rows else ["none"]:
+        click.echo(line)
+
+
+async def _ends(broker: Broker, names: list[str]) -> dict[str, Tail]:
+    ends: dict[str, Tail] = {}
+    left = iter(names)
+
+    async def look() -> None:
+        for name in left:
+            tail = await broker.log.last(name)
+            if tail.offset:  # else it was deleted just now
+                ends[name] = tail
+
+    async with anyio.create_task_group() as group:
+        for _ in range(_AT_ONCE):
+            group.start_soon(look)
+    return ends
+
+
+def _when(seconds: float) -> str:
+    return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(seconds))
 
 
 @command("status")

@@ -55,7 +55,8 @@ def _text(event: Event) -> str:
         case wire.TextDelta() | wire.ReasoningDelta() | wire.ToolInputDelta() as data:
             return short(data.text)
         case wire.TurnRequested() as data:
-            return f"{data.turn} to {data.agent}: {short(data.input)}"
+            instead = f" instead of {data.replaces}" if data.replaces else ""
+            return f"{data.turn} to {data.agent}{instead}: {short(data.input)}"
         case wire.TurnStarted() as data:
             resumes = "" if data.resumes_from is None else f", goes on after {data.resumes_from}"
             return f"{data.turn} by {data.worker}{resumes}"
@@ -79,6 +80,8 @@ def _text(event: Event) -> str:
 @json_option
 async def history(app: App, session: str, as_json: bool) -> None:
     """Print the conversation of SESSION: what was said, turn by turn, and how each turn ended.
+
+    Turns that were replaced are there as well, and marked.
 
     With --json also the state of each turn, and the chat messages that a model gets.
     """
@@ -113,6 +116,7 @@ def _turn(view: TurnView) -> dict[str, Any]:
         "reason": view.reason,
         "ended_at": view.ended_at,
         "consumed_by": view.consumed_by,
+        "replaced_by": view.replaced_by,
         "questions": questions,
     }
 

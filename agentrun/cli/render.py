@@ -98,7 +98,7 @@ class Renderer:
             self._screen.line(f"… {len(views) - limit} turns before (agentrun history)")
         for view in views[-limit:]:
             if view.request is not None:
-                self._input(view.request)
+                self._input(view.request, "(replaced) " if view.replaced_by is not None else "")
             for part in view.message.parts:
                 if isinstance(part, wire.TextPart):
                     self._screen.write(part.text)
@@ -133,6 +133,8 @@ class Renderer:
                 self._fresh.add(view.id)
                 self._started(data, state, worker)
             case wire.TurnRequested() if self._own is not None:
+                if data.replaces in self.history.turns:
+                    self._screen.line(f"what was said from turn {data.replaces} on is replaced")
                 self._input(data)
             case wire.InputRequired():
                 self._ask(data.turn, data)
@@ -178,12 +180,12 @@ class Renderer:
         elif state != "suspended" and worker != data.worker:
             self._screen.line(f"{data.worker} {on} (attempt {data.attempt})")
 
-    def _input(self, data: wire.TurnRequested) -> None:
+    def _input(self, data: wire.TurnRequested, mark: str = "") -> None:
         assert self._own is not None or data.turn in self.history.turns
         mine = self._own is not None and data.turn in self._own
         who = "" if mine else data.user or data.device or ""
         self._screen.end_line()
-        self._screen.line(f"{who}› {input_text(data.input)}", "bold" if mine else "bold dim")
+        self._screen.line(f"{mark}{who}› {input_text(data.input)}", "bold" if mine else "bold dim")
 
     def _ask(self, turn: str, data: wire.InputRequired) -> None:
         self._screen.line(f"? {question_text(data)}", "yellow")

@@ -48,6 +48,7 @@ PATIENCE = 3.0
     "--on-busy", type=click.Choice(get_args(wire.OnBusy)), default="enqueue", show_default=True,
     help="What if the session has work.",
 )  # fmt: skip
+@option("--replaces", metavar="TURN", help="Send it in place of TURN: that and all after it leave the history.")
 @option("--deadline", type=duration, help="Time after which the turn expires if it has not ended.")
 @option("--user", help="Who sends it, as readers see it.")
 @option("--metadata", multiple=True, metavar="KEY=VALUE", help="For the agent or readers; may be repeated.")
@@ -61,6 +62,7 @@ async def send(
     agent: str | None,
     turn_id: str | None,
     on_busy: wire.OnBusy,
+    replaces: str | None,
     deadline: float | None,
     user: str | None,
     metadata: tuple[str, ...],
@@ -82,6 +84,7 @@ async def send(
             agent=await pick_agent(client, agent),
             id=turn_id,
             on_busy=on_busy,
+            replaces=replaces,
             deadline=deadline,
             user=user,
             metadata=pairs,

@@ -2,78 +2,27 @@
 
 from __future__ import annotations
 
-import ast
 import functools
 import importlib
 import logging
 import os
 import sys
 import traceback
-from collections.abc import Callable
-from itertools import pairwise
-from pathlib import Path
-from typing import Any
 
 import anyio
 import click
-import msgspec
 
-from agentrun import brokers, settings
+from agentrun import brokers
 from agentrun.agent import Agent
-from agentrun.cli.common import App, Fatal, command, duration, option
+from agentrun.cli._settings import settings_options
+from agentrun.cli.common import App, Fatal, command, option
 from agentrun.errors import InvalidInput
 from agentrun.settings import WorkerSettings
 from agentrun.worker import Worker
 
 log = logging.getLogger("agentrun.worker")
 
-_FIELDS = msgspec.structs.fields(WorkerSettings)
-_PLAIN = ("checkpoint",)
-"""Numbers that are no times."""
-
-
-def _field_texts() -> dict[str, str]:
-    """What `settings` says of each field, below it."""
-    try:
-        tree = ast.parse(Path(settings.__file__).read_text(encoding="utf-8"))
-    except (OSError, SyntaxError):
-        return {}  # installed without sources
-    body = next(n.body for n in tree.body if isinstance(n, ast.ClassDef) and n.name == WorkerSettings.__name__)
-    texts: dict[str, str] = {}
-    for node, below in pairwise(body):
-        match node, below:
-            case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=str(text))):
-                texts[name] = text
-            case _:
-                pass
-    return texts
-
-
-def worker_options(fn: Callable[..., Any]) -> Callable[..., Any]:
-    """An option for each field of `WorkerSettings`; the function gets them as ``settings``."""
-
-    @functools.wraps(fn)
-    def collect(app: App, **parameters: Any) -> Any:
-        values = {field.name: parameters.pop(field.name) for field in _FIELDS}
-        return fn(app, settings=WorkerSettings(**values), **parameters)
-
-    texts = _field_texts()
-    decorated: Callable[..., Any] = collect
-    for field in reversed(_FIELDS):
-        is_time = isinstance(field.default, float) and field.name not in _PLAIN
-        kind = duration if is_time else click.IntRange(min=1) if isinstance(field.default, int) else float
-        default = f"{field.default:g}s" if is_time else field.default
-        make = option(
-            "--" + field.name.replace("_", "-"),
-            type=kind,
-            default=default,
-            show_default=True,
-            help=texts.get(field.name),
-        )
-        decorated = make(decorated)
-    return decorated
-
-
+worker_options = settings_options(WorkerSettings, plain=("checkpoint",))
 agents_argument = functools.partial(
     click.argument, "agents", nargs=-1, metavar="MODULE:AGENT...", envvar="AGENTRUN_AGENTS"
 )

@@ -221,7 +221,7 @@ async def operator_sees_queues(env: Environment) -> None:
     """`setup` is idempotent, and `stats` counts what waits and what is leased."""
     async with connections(env, 1) as (broker,):
         if not isinstance(broker, BrokerAdmin):
-            raise TypeError("a broker must implement BrokerAdmin: setup() and stats()")
+            raise TypeError("a broker must implement BrokerAdmin: setup(), stats() and sessions()")
         await broker.setup()
         expect(await broker.setup(dry_run=True) == [], "after setup() there is nothing left to set up")
         for number in range(3):
@@ -237,3 +237,29 @@ async def operator_sees_queues(env: Environment) -> None:
         expect(mine.waiting + mine.leased == 3 and mine.leased >= 1, f"three inputs, one of them leased: {mine}")
         ttl = broker.capabilities.lease_ttl
         expect(mine.lease_ttl == ttl, f"stats() must give the lease time, {ttl} s: {mine}")
+
+
+@check(CHECKS, "Q1")
+async def operator_sees_sessions(env: Environment) -> None:
+    """`sessions` names each session that holds an input once, whatever became of it, until it is deleted."""
+    async with connections(env, 1, AGENT, "other") as (broker,):
+        if not isinstance(broker, BrokerAdmin):
+            raise TypeError("a broker must implement BrokerAdmin: setup(), stats() and sessions()")
+        expect(await broker.sessions() == [], "nothing was sent yet, and there are sessions")
+        names = [f"s{number}" for number in range(12)]
+        for name in names:
+            await send(broker, name)
+        await send(broker, names[0], agent="other")
+        await broker.log.last("nothing")
+        for _ in range(len(names)):
+            lease = await take(broker)
+            assert lease
+            owner = await Owner(broker, lease).start()
+            await owner.deltas(1)
+            await owner.finish()
+        found = await broker.sessions()
+        expect(sorted(found) == sorted(names), f"sent to {names}, and there are {found}")
+        some = await broker.sessions(limit=5)
+        expect(len(some) == len(set(some)) == 5 and set(some) < set(names), f"asked for 5 of {names}, got {some}")
+        await broker.log.delete(names[3])
+        expect(names[3] not in await broker.sessions(), f"{names[3]} was deleted, and is still there")

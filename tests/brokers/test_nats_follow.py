@@ -93,6 +93,79 @@ async def test_a_lost_last_message_is_found(env: NatsEnvironment, monkeypatch: p
             assert [r.offset for r in await anext(lists)] == [1]
 
 
+class Watched(Follower):
+    """A follower that notes the interval after which it looks the end up, each time it does."""
+
+    looks: dict[str, list[float]]
+
+    async def _look(self) -> None:
+        self.looks.setdefault(self._session, []).append(self._idle)
+        await super()._look()
+
+
+async def test_a_session_without_work_is_looked_up_ever_more_seldom(
+    env: NatsEnvironment, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step = 0.02
+    growing = [step, 2 * step, 4 * step, 8 * step, 8 * step, 8 * step]
+    monkeypatch.setattr("agentrun.brokers.nats_log.Follower", Watched)
+    monkeypatch.setattr(nats_follow, "IDLE", step)
+    monkeypatch.setattr(nats_follow, "IDLE_MOST", 8 * step)
+    Watched.looks = {}
+    seen: list[tuple[str, int]] = []
+
+    async def looked(session: str, times: int) -> None:
+        with anyio.fail_after(15):
+            while len(Watched.looks.get(session, ())) < times:  # noqa: ASYNC110 - what it waits for has no event
+                await anyio.sleep(step)
+
+    async with env.broker() as broker, anyio.create_task_group() as tasks:
+
+        async def read(session: str) -> None:
+            async with broker.log.follow(session) as lists:
+                async for records in lists:
+                    seen.extend((session, record.offset) for record in records)
+
+        pending = Pending().add(1)
+        await broker.log.append("busy", b"1", kind=Kind.TURN, agent="a", after=Tail(), pending=pending)
+        await write(broker, "idle", 1)
+        for session in ("busy", "idle", "nothing"):
+            tasks.start_soon(read, session)
+        for session in ("idle", "nothing"):
+            await looked(session, 6)
+            assert Watched.looks[session][:6] == growing
+        await looked("busy", 6)
+        assert set(Watched.looks["busy"]) == {step}
+        assert len(Watched.looks["busy"]) > len(Watched.looks["idle"]), "the interval is not kept"
+
+        before = len(Watched.looks["idle"])
+        await write(broker, "idle", 1)
+        await looked("idle", before + 7)
+        again = Watched.looks["idle"][before:]
+        assert again[again.index(step) :][:3] == growing[:3], "a record sets it back"
+        tasks.cancel_scope.cancel()
+    assert sorted(seen) == [("busy", 1), ("idle", 1), ("idle", 2)]
+
+
+async def test_a_session_whose_work_ends_is_looked_up_less_often(
+    env: NatsEnvironment, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(nats_follow, "IDLE", 0.02)
+    async with env.broker() as broker, broker.log.follow("s") as lists:
+        assert isinstance(lists, Follower)
+        turn = await broker.log.append("s", b"1", kind=Kind.TURN, agent="a", after=Tail(), pending=Pending().add(1))
+        await anext(lists)
+        with anyio.move_on_after(0.3):
+            await anext(lists)
+        assert lists._idle == nats_follow.IDLE
+        await broker.log.append("s", b"2", kind=Kind.EVENT, after=turn, pending=turn.pending.settle(1))
+        await anext(lists)
+        assert lists._idle == nats_follow.IDLE
+        with anyio.move_on_after(0.3):
+            await anext(lists)
+        assert lists._idle > 2 * nats_follow.IDLE
+
+
 async def test_following_goes_on_when_connections_break(env: NatsEnvironment) -> None:
     async with Proxy(env.server.port) as proxy, env.broker(proxy.url) as readers, env.broker() as writer:
         seen: dict[int, list[int]] = {}

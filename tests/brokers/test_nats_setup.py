@@ -17,6 +17,7 @@ from agentrun.brokers import connect
 from agentrun.brokers.memory import MemoryBroker
 from agentrun.brokers.nats import NatsBroker, Streams
 from agentrun.brokers.nats_layout import stream_name
+from agentrun.brokers.nats_link import ApiError, Link
 from agentrun.brokers.server import NatsServer
 from agentrun.errors import InvalidInput, Misconfigured, Unavailable
 from tests.brokers.nats_environment import drop_streams, new_namespace
@@ -82,6 +83,41 @@ async def test_setup_spreads_sessions_over_partitions(nats_server: NatsServer) -
             assert (stats.agent, stats.waiting, stats.leased) == ("agent", 0, 0)
             for n in range(12):
                 assert [r.offset for r in await broker.log.read(f"s{n}")] == [1]
+
+
+async def test_sessions_are_found_on_all_pages_of_all_partitions(
+    nats_server: NatsServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = {f"s{n}" for n in range(30)}
+    pages = 0
+
+    async def cut(link: Link, call: str, request: Any = None, **options: Any) -> bytes | ApiError:
+        """The server's own pages are of 100,000 subjects."""
+        nonlocal pages
+        reply = await api(link, call, request, **options)
+        if not request or "subjects_filter" not in request:
+            return reply
+        assert isinstance(reply, bytes)
+        pages += 1
+        info = json.loads(reply)
+        info["state"]["subjects"] = dict(list((info["state"].get("subjects") or {}).items())[:4])
+        return json.dumps(info).encode()
+
+    api = Link.api
+    async with namespace_of(nats_server, 3) as namespace:
+        await setup(nats_server, namespace, partitions=3)
+        async with NatsBroker(nats_server.url, namespace=namespace) as broker:
+            for name in names:
+                await broker.log.append(
+                    name, b"x", kind=Kind.TURN, agent="agent", after=Tail(), pending=Tail().pending.add(1)
+                )
+            monkeypatch.setattr(Link, "api", cut)
+            found = await broker.sessions()
+            assert sorted(found) == sorted(names)
+            assert pages >= 30 / 4
+            pages = 0
+            assert len(await broker.sessions(limit=3)) == 3
+            assert pages == 1
 
 
 async def test_setup_refuses_another_number_of_partitions(nats_server: NatsServer) -> None:

@@ -183,6 +183,39 @@ def test_history_shows_the_conversation(shared: Cli, session: str) -> None:
     assert found["offset"] == shared.log(session)[-1].offset
 
 
+def test_replacing_send_leaves_the_first_answer_out(shared: Cli, session: str) -> None:
+    shared.run("send", session, "hello", "--id", "t1")
+    shared.run("send", session, "hello again", "--id", "t2", "--replaces", "t1")
+    assert shared.run("history", session).out.splitlines() == [
+        *("(replaced) › hello", "hello"),
+        *("› hello again", "hello again"),
+    ]
+    found = shared.run("history", session, "--json").json
+    assert [turn["replaced_by"] for turn in found["turns"]] == ["t2", None]
+    assert [message["content"].strip() for message in found["messages"]] == ["hello again", "hello again"]
+    assert "t2 to echo instead of t1: hello again" in shared.run("tail", session, "--no-follow").out
+
+
+def test_sessions_are_listed_newest_first(cli: Cli) -> None:
+    assert cli.run("sessions").out == "none\n"
+    for name in ("a", "b", "c", "a"):
+        cli.run("send", name, "hi", "--agent", "echo", "--no-follow")
+    found = cli.run("sessions", "--json").json
+    assert found["namespace"] == cli.namespace
+    assert [(s["session"], s["offset"], s["busy"]) for s in found["sessions"]] == [
+        *(("a", 2, True), ("c", 1, True), ("b", 1, True)),
+    ]
+    assert found["sessions"][0]["time"] == cli.log("a")[-1].time
+    cli.worker("w")
+    cli.run("send", "b", "hi")
+    for name, turns in (("a", 2), ("c", 1)):
+        cli.events_until(name, "turn.completed", turns)
+    cli.run("send", "b", "hi")
+    assert not any(s["busy"] for s in cli.run("sessions", "--json").json["sessions"])
+    shown = cli.run("sessions", "--limit", "1").out.splitlines()
+    assert [line.split()[0] for line in shown] == ["session", "b"]
+
+
 def test_delete_wants_to_be_sure(shared: Cli, session: str) -> None:
     shared.run("send", session, "hello")
     assert "--yes" in shared.run("delete", session, code=2).err

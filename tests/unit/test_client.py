@@ -66,6 +66,7 @@ async def test_a_turn_is_one_queued_record_that_carries_what_its_sender_said(
         user="ann",
         device="phone",
         parent="t0",
+        replaces="t-1",
         metadata={"plan": ["a", 1]},
         trace={"traceparent": "00-1-2-03"},
     )
@@ -83,6 +84,7 @@ async def test_a_turn_is_one_queued_record_that_carries_what_its_sender_said(
         user="ann",
         device="phone",
         parent="t0",
+        replaces="t-1",
         metadata={"plan": ["a", 1]},
         trace={"traceparent": "00-1-2-03"},
     )
@@ -209,6 +211,8 @@ async def test_a_full_queue_refuses_new_turns_but_knows_old_ones(broker: MemoryB
         ({"id": "a b"}, "a turn's id"),
         ({"agent": "a.b"}, "an agent's name"),
         ({"on_busy": "wait"}, "on_busy is one of"),
+        ({"replaces": "a b"}, "the turn to replace"),
+        ({"replaces": "t1", "on_busy": "steer"}, "replaces none"),
         ({"deadline": -1}, "has passed"),
         ({"deadline": 0}, "has passed"),
         ({"deadline": float("nan")}, "has passed"),

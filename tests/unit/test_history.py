@@ -25,8 +25,18 @@ def fold(*events: wire.AnyEvent) -> History:
     return history
 
 
-def requested(turn: str = "t", input: Any = "hi", on_busy: wire.OnBusy = "enqueue") -> wire.TurnRequested:
-    return wire.TurnRequested(turn=turn, agent="a", input=input, on_busy=on_busy)
+def requested(
+    turn: str = "t", input: Any = "hi", on_busy: wire.OnBusy = "enqueue", replaces: str | None = None
+) -> wire.TurnRequested:
+    return wire.TurnRequested(turn=turn, agent="a", input=input, on_busy=on_busy, replaces=replaces)
+
+
+def exchange(turn: str, input: str, reply: str, replaces: str | None = None) -> list[wire.AnyEvent]:
+    return [requested(turn, input, replaces=replaces), started(turn=turn), completed(reply, turn=turn)]
+
+
+def replaced(history: History) -> dict[str, str | None]:
+    return {view.id: view.replaced_by for view in history.turns.values()}
 
 
 def started(attempt: int = 1, turn: str = "t", **more: Any) -> wire.TurnStarted:
@@ -493,6 +503,86 @@ def folded(log: Log) -> History:
 
 def shapes(history: History) -> list[dict[str, Any]]:
     return [shape(view) for view in history.turns.values()]
+
+
+def test_a_replaced_turn_and_all_after_it_leave_the_conversation() -> None:
+    history = fold(
+        *exchange("a", "1", "one"), *exchange("b", "2", "two"), *exchange("c", "3", "three"),
+        *exchange("d", "2, once more", "new", replaces="b"), requested("e", "5"),
+    )  # fmt: skip
+    assert replaced(history) == {"a": None, "b": "d", "c": "d", "d": None, "e": None}
+    before = [user("1"), assistant("one"), user("2, once more")]
+    assert history.messages(until="d") == before
+    assert history.messages() == [*before, assistant("new")]
+    assert history.messages(until="e") == [*before, assistant("new"), user("5")]
+    assert history.turns["b"].message == said("two"), "it can still be read"
+
+
+def test_what_was_replaced_keeps_its_first_mark() -> None:
+    history = fold(
+        *exchange("a", "1", "one"), *exchange("b", "1", "uno", replaces="a"), *exchange("c", "1", "eins", replaces="a")
+    )
+    assert replaced(history) == {"a": "b", "b": "c", "c": None}
+    assert history.messages() == [user("1"), assistant("eins")]
+
+
+@pytest.mark.parametrize("unknown", ["z", "b", "c"])
+def test_a_turn_not_known_by_then_replaces_nothing(unknown: str) -> None:
+    history = fold(*exchange("a", "1", "one"), *exchange("b", "2", "two", replaces=unknown), requested("c", "3"))
+    assert replaced(history) == {"a": None, "b": None, "c": None}
+
+
+def test_the_same_request_again_replaces_nothing() -> None:
+    history = fold(*exchange("a", "1", "one"), *exchange("b", "2", "two"), requested("b", "2", replaces="a"))
+    assert replaced(history) == {"a": None, "b": None}
+
+
+@pytest.mark.parametrize(
+    "end",
+    [
+        cancelled(turn="b", attempt=0),
+        cancelled(turn="b", attempt=0, rolled_back=True),
+        wire.TurnExpired(turn="b", turn_offset=4),
+        wire.InputRejected(turn="b", offset=4, code="c", reason="r"),
+    ],
+)
+def test_what_was_replaced_stays_so_whatever_becomes_of_the_request(end: wire.AnyEvent) -> None:
+    history = fold(*exchange("a", "1", "one"), requested("b", "2", replaces="a"), end)
+    assert replaced(history) == {"a": "b", "b": None}
+    assert assistant("one") not in history.messages()
+
+
+def test_a_turn_that_was_replaced_before_it_ran_has_its_own_input() -> None:
+    history = fold(*exchange("a", "1", "one"), requested("b", "2"), requested("c", "3", replaces="b"))
+    assert history.turns["b"].interrupted_by is None
+    assert history.messages(until="b") == [user("1"), assistant("one"), user("2")]
+    assert history.messages(until="c") == [user("1"), assistant("one"), user("3")]
+
+
+def test_a_turn_interrupted_and_replaced_is_both() -> None:
+    history = fold(requested("a", "1"), started(turn="a"), requested("b", "2", on_busy="interrupt", replaces="a"))
+    assert (history.turns["a"].interrupted_by, history.turns["a"].replaced_by) == ("b", "b")
+    assert history.messages(until="b") == [user("2")]
+
+
+def test_steering_that_was_replaced_leaves_the_answer_that_took_it() -> None:
+    history = fold(
+        requested("a", "1"),
+        started(turn="a"),
+        requested("s", "left!", on_busy="steer"),
+        wire.SteerConsumed(turn="a", attempt=1, steer="s", offset=3),
+        requested("b", "right!", replaces="s"),
+        completed("one", turn="a"),
+    )
+    assert history.messages(until="a") == [user("1"), user("left!")], "an attempt that goes on must know it"
+    assert history.messages(until="b") == [user("1"), assistant("one"), user("right!")]
+
+
+def test_turns_whose_requests_were_trimmed_are_replaced_in_their_order() -> None:
+    history = fold(
+        text("one", turn="a"), completed("one", turn="a"), text("two", turn="b"), requested("c", "3", replaces="b")
+    )
+    assert replaced(history) == {"a": None, "b": "c", "c": None}
 
 
 @thorough

@@ -92,6 +92,9 @@ def test_what_snapshots_leave_open_is_mended_by_the_records_that_follow(log: Log
         note(f"offset {offset}: {seen.message} for {whole.message}")
         carrier = next_carrier(log, offset, whole.id)
         assert carrier is not None, "nothing will mend it"
+        if not known(whole.message) and not seen._own:
+            # All that the attempt has said is what no snapshot knows: what the one before it said is still shown.
+            continue
         assert offset < last_hole or known(whole.message) == known(seen.message)
 
 

@@ -55,11 +55,12 @@ GOLDEN: list[tuple[wire.KnownEvent, str]] = [
             on_busy="steer",
             deadline=1.5,
             parent="p",
+            replaces="r",
             metadata={"k": 1},
             trace=TRACE,
         ),
         '{"type":"turn.requested","turn":"t","agent":"a","input":null,"user":"u","device":"d","on_busy":"steer",'
-        '"deadline":1.5,"parent":"p","metadata":{"k":1},"trace":{"traceparent":"00-1"}}',
+        '"deadline":1.5,"parent":"p","replaces":"r","metadata":{"k":1},"trace":{"traceparent":"00-1"}}',
     ),
     (
         wire.TurnAnswer(turn="t", request="r", value=True, user="u", trace=TRACE),

@@ -67,6 +67,37 @@ async def test_rollback_takes_what_it_stopped_out_of_the_history(fleet: Fleet) -
     ]
 
 
+async def test_a_running_turn_is_stopped_and_replaced(fleet: Fleet) -> None:
+    await fleet.worker(talk)
+    session = fleet.session(agent="talk")
+    await (await session.send("first", id="t1")).result(5)
+    await session.send("long", id="t2")
+    await fleet.until(lambda e: isinstance(e, wire.TextDelta) and e.turn == "t2")
+    turn = await session.send("short", id="t3", on_busy="interrupt", replaces="t2")
+    await turn.result(5)
+    assert await ends(fleet) == [("t1", "turn.completed"), ("t2", "turn.cancelled"), ("t3", "turn.completed")]
+    assert seen[-1] == [
+        {"role": "user", "content": "first"},
+        {"role": "assistant", "content": "<first>"},
+        {"role": "user", "content": "short"},
+    ]
+
+
+async def test_a_turn_that_is_only_replaced_goes_on(fleet: Fleet) -> None:
+    await fleet.worker(steered(True))
+    session = fleet.session(agent="talk")
+    turn = await session.send("go", id="t1")
+    await fleet.until("text.delta")
+    behind = await session.send("instead", id="t2", replaces="t1")
+    await turn.steer("stop", id="t3")
+    assert (await turn.result(5)).text == "<go>+stop"
+    assert (await behind.result(5)).text == "<instead>"
+    assert (await session.history()).messages() == [
+        {"role": "user", "content": "instead"},
+        {"role": "assistant", "content": "<instead>"},
+    ]
+
+
 async def test_an_interrupt_ends_a_suspended_turn(fleet: Fleet) -> None:
     @agent(name="talk")
     async def asks(ctx: Context) -> AsyncIterator[str]:

@@ -166,6 +166,33 @@ async def test_the_agent_gets_the_conversation(fleet: Fleet) -> None:
     ]
 
 
+async def test_the_agent_gets_the_conversation_without_what_was_replaced(fleet: Fleet) -> None:
+    seen: list[list[dict[str, Any]]] = []
+
+    @agent
+    async def remember(ctx: Context) -> AsyncIterator[str]:
+        seen.append(ctx.messages)
+        yield f"answer {len(seen)}"
+
+    await fleet.worker(remember)
+    session = fleet.session(agent="remember")
+    for turn, text in (("t1", "one"), ("t2", "two"), ("t3", "three")):
+        await (await session.send(text, id=turn)).result(5)
+    kept = [{"role": "user", "content": "one"}, {"role": "assistant", "content": "answer 1"}]
+    regenerated = await session.send("two", id="t4", replaces="t2")
+    assert (await regenerated.result(5)).text == "answer 4"
+    assert seen[-1] == [*kept, {"role": "user", "content": "two"}]
+    await (await session.send("four", id="t5")).result(5)
+    assert seen[-1] == [
+        *kept,
+        {"role": "user", "content": "two"},
+        {"role": "assistant", "content": "answer 4"},
+        {"role": "user", "content": "four"},
+    ]
+    views = (await session.history()).turns
+    assert {id: view.replaced_by for id, view in views.items() if view.replaced_by} == {"t2": "t4", "t3": "t4"}
+
+
 async def test_usage_and_finish_reason_stand_in_the_end(memory_fleet: Fleet) -> None:
     @agent
     async def spend(ctx: Context) -> AsyncIterator[str | wire.Usage]:
