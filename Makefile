@@ -5,10 +5,10 @@ BIN := $(VENV)/bin
 NEWER := $(VENV)-newer
 PYTEST_ARGS ?=
 
-.PHONY: help demo test test-newer lint format chaos bench venv venv-demo clean
+.PHONY: help demo test test-newer clients lint format chaos bench venv venv-demo clean
 
 help:
-	@echo "make demo   see it work: a stream, a second reader, a stop, a worker killed in mid-answer"
+	@echo "make demo   see it work: a stream, a second reader, a stop, a worker killed in mid-answer, a web page"
 	@echo "make test   lint and test everything, on this Python and on a newer one if there is one"
 	@echo "make lint   ruff, import floors, pyright"
 	@echo "make bench  the figures of docs/performance.md"
@@ -18,14 +18,14 @@ venv:
 	@.ci/venv $(VENV) dev $(PYTHON)
 
 venv-demo:
-	@.ci/venv $(VENV) server$(if $(AGENTRUN_MODEL),$(comma)litellm) $(PYTHON)
+	@.ci/venv $(VENV) gateway$(comma)server$(if $(AGENTRUN_MODEL),$(comma)litellm) $(PYTHON)
 
 comma := ,
 
 demo: venv-demo
 	@$(BIN)/agentrun demo
 
-test: lint
+test: lint clients
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 	@$(MAKE) --no-print-directory test-newer
 
@@ -35,6 +35,11 @@ test-newer: venv
 	if [ -z "$$newer" ]; then echo "no newer Python than $$($(BIN)/python --version) on this machine"; exit 0; fi; \
 	.ci/venv $(NEWER) dev $$newer && echo "again with $$($(NEWER)/bin/python --version):" && \
 	$(NEWER)/bin/python -m pytest tests/unit tests/worker $(PYTEST_ARGS)
+
+# The browser and the npm packages that the gateway is tested with.
+clients:
+	@.ci/browser
+	@.ci/npm
 
 lint: venv
 	$(BIN)/ruff check .
@@ -55,4 +60,4 @@ chaos: venv
 	AGENTRUN_SEEDS=$(SEEDS) $(BIN)/python -m pytest tests/worker/test_storm.py tests/brokers/test_faults.py $(PYTEST_ARGS)
 
 clean:
-	rm -rf $(VENV) $(NEWER) .agentrun .pytest_cache .hypothesis .ruff_cache build dist
+	rm -rf $(VENV) $(NEWER) tests/npm/node_modules .agentrun .pytest_cache .hypothesis .ruff_cache build dist

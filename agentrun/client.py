@@ -170,7 +170,8 @@ class Session:
             trace: Trace context, such as ``traceparent``.
 
         Raises:
-            InvalidInput: An argument cannot be used, or ``id`` was used before for another input or agent.
+            InvalidInput: An argument cannot be used.
+            IdTaken: ``id`` was used before for another input or agent.
             SessionBusy: ``on_busy="reject"`` met a session that has work.
             QueueFull: The session has ``settings.max_queued`` inputs waiting.
             TooLarge: The input is over the broker's limit.

@@ -20,6 +20,7 @@
         - SessionGone        the session was deleted under the caller
       + TurnFailed           raised by Turn.result() for a turn that did not complete
       + InvalidInput         an argument, id or record that cannot be used
+        - IdTaken            the id names another request already
     AuthorSignal             what an agent's author raises
       - Retry                try this turn again later
       - Fail                 end this turn as failed, do not retry
@@ -40,6 +41,7 @@ __all__ = [
     "Duplicate",
     "Fail",
     "Fenced",
+    "IdTaken",
     "InvalidInput",
     "LeaseLost",
     "Misconfigured",
@@ -171,6 +173,10 @@ class TurnFailed(AgentrunError):
 
 class InvalidInput(AgentrunError, ValueError):
     """An argument, id or record that cannot be used. The message says what was expected and what came."""
+
+
+class IdTaken(InvalidInput):
+    """The id was used before, for another request. An id names one request: sending it again changes nothing."""
 
 
 class AuthorSignal(Exception):

@@ -15,7 +15,7 @@ from msgspec import Struct
 from agentrun import wire
 from agentrun.answers import check_answer
 from agentrun.broker import Broker, Kind, Pending, SessionLog, Tail
-from agentrun.errors import Conflict, InvalidInput, NoListener, NotWaiting, TurnNotFound, Unavailable
+from agentrun.errors import Conflict, IdTaken, InvalidInput, NoListener, NotWaiting, TurnNotFound, Unavailable
 from agentrun.history import History, TurnView
 from agentrun.reading import Event, Fold
 
@@ -129,7 +129,7 @@ def check_on_busy(policy: str) -> None:
 
 
 async def check_same(log: SessionLog, session: str, offset: int, request: wire.TurnRequested) -> None:
-    """Raise InvalidInput if the turn stored at ``offset`` is not the one a sender says it sends again."""
+    """Raise IdTaken if the turn stored at ``offset`` is not the one a sender says it sends again."""
     for record in await log.read(session, after=offset - 1, deltas=False, limit=1):
         if record.offset != offset:
             return
@@ -137,7 +137,7 @@ async def check_same(log: SessionLog, session: str, offset: int, request: wire.T
         sent = wire.decode(encode_input(request))
         assert isinstance(sent, wire.TurnRequested)
         if not isinstance(stored, wire.TurnRequested) or (stored.agent, stored.input) != (sent.agent, sent.input):
-            raise InvalidInput(
+            raise IdTaken(
                 f"turn {request.turn} was sent before, at offset {offset}, with another agent or input: "
                 "an id names one request, use a new one"
             )

@@ -36,7 +36,7 @@ _names = msgspec.json.Decoder(_Names)
 def _names_of(raw: bytes) -> _Names:
     try:
         return _names.decode(raw)
-    except (msgspec.MsgspecError, UnicodeDecodeError):
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
         return _Names()
 
 
@@ -50,7 +50,10 @@ def _decode(raw: bytes) -> wire.AnyEvent:
 
 def _sent(raw: bytes) -> wire.AnyEvent:
     """Return what a sender appended. Anyone may: an owner's event in such a record is a forgery and says nothing."""
-    event = _decode(raw)
+    try:
+        event = wire.decode(raw)
+    except InvalidInput:
+        return wire.UnknownEvent("", raw)  # of whatever type it says it is
     return event if isinstance(event, (*wire.InputEvent.__args__, wire.UnknownEvent)) else wire.UnknownEvent("", raw)
 
 

@@ -485,10 +485,10 @@ def decode(body: bytes) -> AnyEvent:
     """
     try:
         return _decoder.decode(body)
-    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         try:
             tag = _tag_decoder.decode(body).type
-        except (msgspec.MsgspecError, UnicodeDecodeError):
+        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
             raise InvalidInput(f"not an event (a JSON object with a type): {error}") from error
         if tag in _tags:
             raise InvalidInput(f"not a valid {tag} event: {error}") from error

@@ -7,14 +7,18 @@ import pytest
 from agentrun.brokers.server import NatsServer
 from tests.brokers.nats_environment import NatsEnvironments
 
-_PROCESSES = ("tests/e2e", "tests/bench", "tests/docs", "tests/brokers/test_nats_cluster.py")
+_GROUPS = {
+    "processes": ("tests/e2e", "tests/bench", "tests/docs", "tests/brokers/test_nats_cluster.py"),
+    "browser": ("tests/browser", "tests/gateway/test_npm"),
+}
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Tests that start processes of their own run one after the other, beside the others: the cores are few."""
     for item in items:
-        if item.nodeid.startswith(_PROCESSES):
-            item.add_marker(pytest.mark.xdist_group("processes"))
+        for group, places in _GROUPS.items():
+            if item.nodeid.startswith(places):
+                item.add_marker(pytest.mark.xdist_group(group))
 
 
 @pytest.fixture(scope="session")

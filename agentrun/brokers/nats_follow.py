@@ -12,9 +12,9 @@ from collections.abc import Sequence
 from typing import Self
 
 import anyio
-from anyio.lowlevel import checkpoint
 from nats.aio.subscription import Subscription
 
+from agentrun.bell import Bell
 from agentrun.broker import Record
 from agentrun.brokers.nats_layout import Route, Stored, stored_of
 from agentrun.brokers.nats_link import Link, Msg, NotConnected, log
@@ -56,7 +56,7 @@ class Follower:
         self._idle = IDLE
         self._buffer: deque[Stored] = deque()
         self._bytes = 0
-        self._wake = anyio.Event()
+        self._bell = Bell()
         self._subscriptions: list[Subscription] = []
 
     async def __aenter__(self) -> Self:
@@ -65,7 +65,7 @@ class Follower:
             filters = [f"{self._route.live}.in.>", f"{self._route.live}.out.turn"]
         self._link.on_reconnect.add(self._reread)
         for subject in filters:
-            self._subscriptions.append(await self._link.subscribe(subject, self._on_live))
+            self._subscriptions.append(await self._link.listen(subject, self._on_live))
         return self
 
     async def __aexit__(self, *exc: object) -> None:
@@ -81,18 +81,17 @@ class Follower:
         self._behind = True
         self._buffer.clear()
         self._bytes = 0
-        self._wake.set()
+        self._bell.ring()
 
-    async def _on_live(self, msg: Msg) -> None:
+    def _on_live(self, msg: Msg) -> None:
         if len(self._buffer) >= BUFFER or self._bytes > BUFFER_BYTES or msg.headers is None:
             self._reread()
             return
         self._buffer.append(stored_of(msg.headers, msg.data))
         self._bytes += len(msg.data)
-        self._wake.set()
+        self._bell.ring()
 
     async def __anext__(self) -> Sequence[Record]:
-        await checkpoint()
         while True:
             try:
                 records = await self._step()
@@ -116,11 +115,8 @@ class Follower:
             return records
         if self._behind:
             return ()
-        self._wake = anyio.Event()
-        with anyio.move_on_after(self._idle * random.uniform(0.8, 1.2)):  # noqa: S311
-            await self._wake.wait()
-            return ()
-        await self._look()
+        if not await self._bell.wait(self._idle * random.uniform(0.8, 1.2)):  # noqa: S311
+            await self._look()
         return ()
 
     async def _catch_up(self) -> Sequence[Record]:

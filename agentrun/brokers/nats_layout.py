@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from datetime import datetime
+from functools import lru_cache
 from typing import Any, NamedTuple
 from zlib import crc32
 
@@ -29,6 +30,9 @@ EXPECTED_SUBJECT = "Nats-Expected-Last-Subject-Sequence-Subject"
 
 _TURN = "in.turn."
 _KINDS = {str(kind): kind for kind in (Kind.CANCEL, Kind.DELTA, Kind.EVENT)}
+
+
+_pending = lru_cache(1024)(Pending.parse)  # the same for all that a turn streams
 
 
 class Streams(Struct, frozen=True, kw_only=True):
@@ -153,7 +157,7 @@ class Stored(NamedTuple):
         kind, agent = kind_of(self.subject)
         text = self.headers.get(PENDING)
         offset = self.offset
-        pending = Pending.parse(text) if text else Pending()
+        pending = _pending(text) if text else Pending()
         kept = self.kept_before if kind is Kind.DELTA else offset
         return Record(offset, kind, self.body, self.time, self.seq, pending, agent, kept)
 

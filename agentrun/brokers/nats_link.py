@@ -15,7 +15,7 @@ import random
 import ssl
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
-from typing import Any
+from typing import Any, cast
 from urllib.parse import urlsplit
 
 import anyio
@@ -125,6 +125,25 @@ class _Client(Client):
         return parse_headers(raw)
 
 
+class _Heard:
+    """What nats-py takes for a future; it gives each message to it."""
+
+    __slots__ = ("_callback",)
+
+    def __init__(self, callback: Callable[[Msg], None]) -> None:
+        self._callback = callback
+
+    def cancelled(self) -> bool:
+        return False
+
+    def set_result(self, msg: Msg) -> None:
+        try:
+            self._callback(msg)
+        except Exception:
+            # Raised, it would end the connection.
+            log.warning("a message on %s cannot be used", msg.subject, exc_info=True)
+
+
 class Link:
     """A connection with one reply inbox.
 
@@ -175,7 +194,7 @@ class Link:
             )
         self._opened = True
         self._inbox = self.client.new_inbox()
-        await self.subscribe(f"{self._inbox}.*", self._on_reply)
+        await self.listen(f"{self._inbox}.*", self._on_reply)
 
     async def _connect(self) -> None:
         await self.client.connect(
@@ -271,6 +290,19 @@ class Link:
         except ConnectionClosedError:
             raise Unavailable(self.gone) from None
 
+    async def listen(self, subject: str, callback: Callable[[Msg], None]) -> Subscription:
+        """Have ``callback`` called for messages on the subject, where they are read from the connection: at once.
+
+        It must not take long. `subscribe` has a queue and a task for each subscription, this has neither.
+        """
+        client = cast("Any", self.client)
+        try:
+            subscription = await client.subscribe(subject, future=_Heard(callback))
+        except ConnectionClosedError:
+            raise Unavailable(self.gone) from None
+        subscription._pending_queue = None  # 3 kB that nobody uses
+        return subscription
+
     async def unsubscribe(self, subscription: Subscription) -> None:
         """End a subscription; does not suspend."""
         try:
@@ -293,7 +325,7 @@ class Link:
 
     # ------------------------------------------------------------------------------------- requests, replies
 
-    async def _on_reply(self, msg: Msg) -> None:
+    def _on_reply(self, msg: Msg) -> None:
         slot = self._slots.get(msg.subject[len(self._inbox) + 1 :])
         if slot is not None:
             slot(msg)

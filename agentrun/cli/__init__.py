@@ -16,6 +16,8 @@ __all__ = ["main"]
 _COMMANDS = {
     "dev": ("agentrun.cli.dev:dev", "Run a NATS server and workers here, for development."),
     "setup": ("agentrun.cli.admin:setup", "Create or update what the namespace needs at the broker."),
+    "gateway": ("agentrun.cli.gateway:gateway", "Serve sessions over HTTP."),
+    "token": ("agentrun.cli.token:token", "Make, show and revoke tokens for the gateway."),
     "worker": ("agentrun.cli.worker:worker", "Run agents."),
     "send": ("agentrun.cli.talk:send", "Send a turn and print the answer as it streams."),
     "chat": ("agentrun.cli.chat:chat", "Talk to an agent in the terminal."),
@@ -23,8 +25,8 @@ _COMMANDS = {
     "history": ("agentrun.cli.read:history", "Print a session's conversation."),
     "cancel": ("agentrun.cli.talk:cancel", "Stop a turn, or all of a session, and print the receipt."),
     "answer": ("agentrun.cli.talk:answer", "Answer a question that a turn asked."),
-    "sessions": ("agentrun.cli.admin:sessions", "List the sessions, newest first."),
     "delete": ("agentrun.cli.read:delete", "Remove a session with all its records."),
+    "sessions": ("agentrun.cli.admin:sessions", "List the sessions, newest first."),
     "status": ("agentrun.cli.admin:status", "Show queues, workers and running turns."),
     "demo": ("agentrun.cli.demo:demo", "Watch a fleet survive what breaks others."),
     "bench": ("agentrun.cli.bench:bench", "Measure this machine and broker."),

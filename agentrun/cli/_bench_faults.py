@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import random
 import time
 import uuid
@@ -12,11 +11,10 @@ from collections.abc import Sequence
 import anyio
 
 from agentrun import wire
-from agentrun.broker import Kind, Pending, SessionLog, Tail
-from agentrun.cli._bench_load import Run
+from agentrun.cli._bench_load import Run, store
 from agentrun.cli._bench_report import quantile, spread
-from agentrun.cli._bench_watch import TurnSeen, Watch
-from agentrun.client import Event, Session, Turn
+from agentrun.cli._bench_watch import Digest, TurnSeen, Watch
+from agentrun.client import Session, Turn
 
 
 def _between(low: float, high: float) -> float:
@@ -33,7 +31,7 @@ async def bench_resume(run: Run) -> None:
     sessions = [run.client.session(f"r{uuid.uuid4().hex[:8]}") for _ in range(2)]
     async with anyio.create_task_group() as group:
         for session in sessions:
-            group.start_soon(_store, run.client.broker.log, session.id, events)
+            group.start_soon(store, run.client.broker.log, session.id, events)
     run.say("resume: reading it")
     for case, after in (("all", 0), ("from the middle", events // 2), ("the last 100", max(0, events - 100))):
         took: list[float] = []
@@ -59,21 +57,6 @@ async def bench_resume(run: Run) -> None:
     await _late_joiners(run)
 
 
-async def _store(log: SessionLog, session: str, events: int) -> None:
-    """Write a session of so many events as a worker would, without its pauses."""
-    turn = "stored"
-    body = wire.encode(wire.TurnRequested(turn=turn, agent="nobody", input="bench"))
-    tail = await log.append(session, body, kind=Kind.TURN, after=Tail(), pending=Pending().add(1), agent="nobody")
-    body = wire.encode(wire.TurnStarted(turn=turn, attempt=1, worker="bench", lease="1"))
-    tail = await log.append(session, body, kind=Kind.EVENT, after=tail, pending=tail.pending.claim(1))
-    for i in range(events - 3):
-        body = wire.encode(wire.TextDelta(turn=turn, attempt=1, text=f"w{i} ", index=i))
-        tail = await log.append(session, body, kind=Kind.DELTA, after=tail, pending=tail.pending)
-    message = wire.Message([wire.TextPart("".join(f"w{i} " for i in range(events - 3)))])
-    body = wire.encode(wire.TurnCompleted(turn=turn, attempt=1, turn_offset=1, message=message))
-    await log.append(session, body, kind=Kind.EVENT, after=tail, pending=tail.pending.settle(1))
-
-
 async def _read_from(session: Session, after: int, end: int) -> tuple[float, bool]:
     """Follow from ``after`` to ``end``; when the first event came, and whether all came, once and in order."""
     arrived = 0.0
@@ -94,7 +77,7 @@ async def _read_from(session: Session, after: int, end: int) -> tuple[float, boo
 
 async def _late_joiners(run: Run) -> None:
     """Readers that join one running session at random moments; each must have all of it."""
-    readers, rate = run.options.readers, run.options.rate
+    readers, rate = run.options.readers or 100, run.options.rate
     words = max(2, int(run.options.seconds * rate))
     run.say(f"resume: {readers} readers join a running session")
     digests: list[str] = []
@@ -114,7 +97,7 @@ async def _late_joiners(run: Run) -> None:
             for _ in range(readers):
                 group.start_soon(join)
         run.check(await watch.until_ended(turn), "resume, late joiners", words)
-        stored = _Digest()
+        stored = Digest()
         async for event in watch.session.events(follow=False):
             stored.add(event)
     same = Counter(digests)[stored.text]
@@ -128,23 +111,9 @@ async def _late_joiners(run: Run) -> None:
     )
 
 
-class _Digest:
-    def __init__(self) -> None:
-        self._hash = hashlib.sha256()
-        self.count = 0
-
-    def add(self, event: Event) -> None:
-        self._hash.update(b"%d %b\n" % (event.offset, event.raw))
-        self.count += 1
-
-    @property
-    def text(self) -> str:
-        return self._hash.hexdigest()
-
-
 async def _read_turn(session: Session, turn: Turn, known: int) -> tuple[str, float]:
     """Read from the beginning to the turn's end; what was read, and when it had come up to ``known``."""
-    digest = _Digest()
+    digest = Digest()
     caught_up = 0.0
     async with session.follow() as events:
         async for event in events:

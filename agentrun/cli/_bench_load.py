@@ -14,6 +14,8 @@ from typing import Any
 import anyio
 from msgspec import Struct
 
+from agentrun import wire
+from agentrun.broker import Kind, Pending, SessionLog, Tail
 from agentrun.cli._bench_report import Figure, Report, quantile, spread
 from agentrun.cli._bench_watch import TurnSeen, Watch
 from agentrun.cli._fleet import Fleet, Place, cpu_seconds
@@ -34,7 +36,8 @@ class Options(Struct, frozen=True, kw_only=True):
     lease: float
     kills: int
     events: int
-    readers: int
+    readers: int | None
+    clients: tuple[int, ...]
 
 
 class Run(Struct):
@@ -102,16 +105,32 @@ async def open_run(
             report.worker_log += fleet.said()
 
 
+async def store(log: SessionLog, session: str, events: int) -> None:
+    """Write a session of so many events as a worker would, without its pauses."""
+    turn = "stored"
+    body = wire.encode(wire.TurnRequested(turn=turn, agent="nobody", input="bench"))
+    tail = await log.append(session, body, kind=Kind.TURN, after=Tail(), pending=Pending().add(1), agent="nobody")
+    body = wire.encode(wire.TurnStarted(turn=turn, attempt=1, worker="bench", lease="1"))
+    tail = await log.append(session, body, kind=Kind.EVENT, after=tail, pending=tail.pending.claim(1))
+    for i in range(events - 3):
+        body = wire.encode(wire.TextDelta(turn=turn, attempt=1, text=f"w{i} ", index=i))
+        tail = await log.append(session, body, kind=Kind.DELTA, after=tail, pending=tail.pending)
+    message = wire.Message([wire.TextPart("".join(f"w{i} " for i in range(events - 3)))])
+    body = wire.encode(wire.TurnCompleted(turn=turn, attempt=1, turn_offset=1, message=message))
+    await log.append(session, body, kind=Kind.EVENT, after=tail, pending=tail.pending.settle(1))
+
+
 async def _warm(watch: Watch) -> None:
     turn = await watch.session.send("bench 3 50")
     await watch.until_ended(turn)
 
 
 class Cpu:
-    """Processor time used from now on, by the workers, the server and this process."""
+    """Processor time used from now on, by the workers, the server, and this process or those named instead of it."""
 
-    def __init__(self, run: Run) -> None:
-        self._pids = {"worker": list(run.fleet.pids), "server": [run.place.server], "reader": [os.getpid()]}
+    def __init__(self, run: Run, **others: int) -> None:
+        readers = {name: [pid] for name, pid in others.items()} or {"reader": [os.getpid()]}
+        self._pids = {"worker": list(run.fleet.pids), "server": [run.place.server], **readers}
         self._start = self._read()
         self._began = time.monotonic()
 
@@ -217,24 +236,30 @@ async def _closed_loop(run: Run, count: int) -> dict[str, Figure]:
 
 async def bench_tokens(run: Run) -> None:
     """From the agent's `yield` to the reader, for every token."""
+    for count in run.options.sessions or (1, 20, 50, 100, 200):
+        case = f"{count} sessions"
+        run.say(f"tokens: {case} of {run.options.rate} tokens a second")
+        run.report.add("tokens", case, **await stream_words(run, count, f"tokens, {case}"))
+
+
+async def stream_words(run: Run, count: int, what: str) -> dict[str, Figure]:
+    """Have so many sessions stream for a while, each with a reader in this process, and say what these saw."""
     rate = run.options.rate
     words = max(2, int(run.options.seconds * rate))
-    for count in run.options.sessions or (1, 20, 50, 100, 200):
-        run.say(f"tokens: {count} sessions of {rate} tokens a second")
-        async with run.watches(count) as watches:
-            turns: list[TurnSeen] = []
+    async with run.watches(count) as watches:
+        turns: list[TurnSeen] = []
 
-            async def job(watch: Watch, turns: list[TurnSeen] = turns) -> None:
-                await anyio.sleep(_between(0, min(1.0, run.options.seconds / 4)))
-                turn = await watch.session.send(f"bench {words} {rate}")
-                turns.append(await watch.until_ended(turn, within=60 + 10 * run.options.seconds))
+        async def job(watch: Watch) -> None:
+            await anyio.sleep(_between(0, min(1.0, run.options.seconds / 4)))
+            turn = await watch.session.send(f"bench {words} {rate}")
+            turns.append(await watch.until_ended(turn, within=60 + 10 * run.options.seconds))
 
-            cpu = Cpu(run)
-            await _each(watches, job)
-            used = cpu.per(count * words, "token")
-            for seen in turns:
-                run.check(seen, f"tokens, {count} sessions", words)
-            run.report.add("tokens", f"{count} sessions", **_token_figures(turns, words), **used)
+        cpu = Cpu(run)
+        await _each(watches, job)
+        used = cpu.per(count * words, "token")
+        for seen in turns:
+            run.check(seen, what, words)
+        return {**_token_figures(turns, words), **used}
 
 
 def _token_figures(turns: Sequence[TurnSeen], words: int) -> dict[str, Figure]:

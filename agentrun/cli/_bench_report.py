@@ -7,6 +7,7 @@ import platform
 import subprocess
 import sys
 from collections.abc import Iterable, Sequence
+from itertools import groupby
 from typing import Any
 
 from msgspec import Struct, field
@@ -83,7 +84,12 @@ def show_machine(console: Console, machine: dict[str, Any]) -> None:
 
 
 def show_rows(console: Console, rows: Sequence[Row]) -> None:
-    """Print one bench's rows as a table: a column for each case, so that it fits a terminal."""
+    """Print each bench's rows as a table: a column for each case, so that it fits a terminal."""
+    for _, group in groupby(rows, lambda row: row.bench):
+        _show_table(console, list(group))
+
+
+def _show_table(console: Console, rows: Sequence[Row]) -> None:
     table = Table(title=rows[0].bench, title_justify="left", title_style="bold", box=None, pad_edge=False)
     table.add_column("")
     for row in rows:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import time
 from array import array
 
@@ -47,6 +48,24 @@ class Words:
         """Count what is missing at the end."""
         self.lost += max(0, expected - self._next)
         self._next = max(self._next, expected)
+
+
+class Digest:
+    """What was read, down to a hash: equal for readers that got the same bytes at the same offsets."""
+
+    def __init__(self) -> None:
+        self._hash = hashlib.sha256()
+        self.count = 0
+
+    def add(self, event: Event) -> None:
+        """Take the next event."""
+        self._hash.update(b"%d %b\n" % (event.offset, event.raw))
+        self.count += 1
+
+    @property
+    def text(self) -> str:
+        """The hash."""
+        return self._hash.hexdigest()
 
 
 class TurnSeen:

@@ -13,6 +13,7 @@ from msgspec import Struct, field
 
 from agentrun import wire
 from agentrun.cli._bench_watch import Words
+from agentrun.cli._demo_page import read_events
 from agentrun.cli._demo_stage import Pane, Stage
 from agentrun.cli._fleet import Fleet, Place, command
 from agentrun.cli.common import Fatal
@@ -136,6 +137,8 @@ class Show(Struct):
     fleet: Fleet
     session: Session
     reader: Reader
+    page: str | None = None
+    """The gateway's address."""
     rows: list[tuple[str, str, bool]] = field(default_factory=list[tuple[str, str, bool]])
 
     def count(self, what: str, seen: str, good: bool) -> None:
@@ -300,6 +303,19 @@ async def read_again(show: Show) -> None:
         "all events, live / read again / identical",
         f"{len(show.reader.got)} / {len(again)} / {same}",
         same == len(again) == len(show.reader.got),
+    )
+
+
+async def read_over_http(show: Show) -> None:
+    """Whoever reads it over HTTP has it too."""
+    if show.page is None:
+        return
+    read = await read_events(show.page, show.session.id)
+    same = sum(a == b for a, b in zip(show.reader.got, read, strict=False))
+    show.count(
+        "all events, live / read over HTTP / identical",
+        f"{len(show.reader.got)} / {len(read)} / {same}",
+        same == len(read) == len(show.reader.got),
     )
 
 

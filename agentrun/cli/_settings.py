@@ -30,7 +30,7 @@ def settings_options(kind: type[msgspec.Struct], *, plain: Collection[str] = ())
         def collect(app: App, **parameters: Any) -> Any:
             return fn(app, settings=kind(**{f.name: parameters.pop(f.name) for f in fields}), **parameters)
 
-        texts = _field_texts(kind)
+        texts = field_texts(kind)
         decorated: Callable[..., Any] = collect
         for field in reversed(fields):
             name = "--" + field.name.replace("_", "-")
@@ -69,7 +69,7 @@ def _how(field: msgspec.structs.FieldInfo, *, is_time: bool) -> dict[str, Any]:
             )
 
 
-def _field_texts(kind: type[msgspec.Struct]) -> dict[str, str]:
+def field_texts(kind: type[msgspec.Struct]) -> dict[str, str]:
     """What `settings` says of each field, below it."""
     try:
         tree = ast.parse(Path(settings.__file__).read_text(encoding="utf-8"))

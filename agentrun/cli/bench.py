@@ -13,6 +13,7 @@ from click.core import ParameterSource
 from rich.console import Console
 
 from agentrun.cli._bench_faults import bench_resume, bench_takeover
+from agentrun.cli._bench_gateway import bench_gateway
 from agentrun.cli._bench_load import Options, Run, bench_cancel, bench_tokens, bench_turns, open_run
 from agentrun.cli._bench_report import Report, machine, show_machine, show_rows
 from agentrun.cli._fleet import Place, open_place
@@ -24,6 +25,7 @@ _BENCHES: dict[str, Callable[[Run], Awaitable[None]]] = {
     "cancel": bench_cancel,
     "resume": bench_resume,
     "takeover": bench_takeover,
+    "gateway": bench_gateway,
 }
 
 
@@ -49,8 +51,9 @@ class _Counts(click.ParamType[tuple[int, ...]]):
 @option("--rounds", type=click.IntRange(1), default=20, show_default=True, help="Turns, stops or reads per session.")
 @option("--lease", type=duration, default=3.0, show_default="3s", help="takeover: the workers' lease time.")
 @option("--kills", type=click.IntRange(1), default=5, show_default=True, help="takeover: workers that are killed.")
-@option("--events", type=click.IntRange(200), default=10_000, show_default=True, help="resume: events stored.")
-@option("--readers", type=click.IntRange(1), default=100, show_default=True, help="resume: readers that join late.")
+@option("--events", type=click.IntRange(200), default=10_000, show_default=True, help="resume, gateway: events stored.")
+@option("--readers", type=click.IntRange(1), help="resume: readers that join late [100]; gateway: of one stream [500].")
+@option("--clients", type=_Counts(), default="1000,5000", show_default=True, help="gateway: clients that wait.")
 @json_option
 async def bench(
     app: App,
@@ -63,13 +66,15 @@ async def bench(
     lease: float,
     kills: int,
     events: int,
-    readers: int,
+    readers: int | None,
+    clients: tuple[int, ...],
     as_json: bool,
 ) -> int:
     """Measure WHAT, and count what is lost or double.
 
     turns: send to first token. tokens: yield to reader. cancel: call to receipt. resume: a reader that comes back or
-    joins late. takeover: a worker killed in mid-answer. docs/performance.md says what each figure is.
+    joins late. takeover: a worker killed in mid-answer. gateway: the same over HTTP, and many clients.
+    docs/performance.md says what each figure is.
 
     A NATS server of its own is used, unless --url is given on the command line (then namespaces bench-… are made
     there, and stay). Exit codes: 0 whatever the figures are, 1 if anything was lost, double, or not as promised.
@@ -77,7 +82,7 @@ async def bench(
     app.log("warning")
     options = Options(
         sessions=sessions, workers=workers, seconds=seconds, rate=rate, rounds=rounds, lease=lease, kills=kills,
-        events=events, readers=readers,
+        events=events, readers=readers, clients=clients,
     )  # fmt: skip
     url = app.url if _url_given() else None
     report = Report(machine(url))
@@ -87,9 +92,10 @@ async def bench(
     try:
         async with open_place(url, "bench") as place:
             for name in _BENCHES if what == "all" else (what,):
+                before = len(report.rows)
                 await _measure(name, options, report, place)
                 if not as_json:
-                    show_rows(console, [row for row in report.rows if row.bench == name])
+                    show_rows(console, report.rows[before:])
     finally:
         if report.worker_log:
             click.echo(f"the workers said:\n{report.worker_log}", err=True)

@@ -1,4 +1,4 @@
-"""``agentrun dev``: a server and a small fleet on this machine."""
+"""``agentrun dev``: a server, a small fleet and a web page on this machine."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from anyio.streams.buffered import BufferedByteReceiveStream
 
 from agentrun.brokers.nats_layout import Streams
 from agentrun.brokers.server import NatsServer
+from agentrun.cli._page import HOST, gateway_command, gateway_environment, http_port_option, missing, pick_port
 from agentrun.cli.admin import set_up
 from agentrun.cli.common import App, Fatal, command, option
 from agentrun.cli.worker import agents_argument, worker_options
@@ -24,13 +25,16 @@ from agentrun.settings import WorkerSettings
 _ECHO = "workers.echo:echo"
 _PAUSE = 1.0
 _MARGIN = 10.0
-"""Seconds beyond its drain that a worker gets to end."""
+"""Seconds beyond its drain that a process gets to end."""
+_CANNOT = 2
+"""The exit code of a process that cannot be started as written: to try again is no use."""
 
 
 @command("dev")
 @agents_argument(required=False)
 @option("--workers", type=click.IntRange(min=1), default=2, show_default=True, help="Worker processes.")
 @option("--port", type=click.IntRange(0, 65535), default=4222, show_default=True, help="The server's; 0: a free one.")
+@http_port_option
 @option("--data", type=click.Path(path_type=Path), default=Path(".agentrun"), show_default=True, help="Kept here.")
 @option("--ephemeral", is_flag=True, help="Keep nothing.")
 @worker_options
@@ -39,13 +43,14 @@ async def dev(
     agents: tuple[str, ...],
     workers: int,
     port: int,
+    http_port: int | None,
     data: Path,
     ephemeral: bool,
     settings: WorkerSettings,
 ) -> int:
-    """Run a NATS server and worker processes on this machine, for development.
+    """Run a NATS server, worker processes and a web page on this machine, for development.
 
-    AGENTS are written module:name; default is an agent that echoes. A worker that dies is started again. Ctrl-C lets
+    AGENTS are written module:name; default is an agent that echoes. A process that dies is started again. Ctrl-C lets
     running turns end and stops everything; once more hands them back at once.
     """
     app.log("warning")
@@ -54,96 +59,155 @@ async def dev(
         store.mkdir(parents=True, exist_ok=True)
     async with NatsServer(data=store, port=port) as server:
         await set_up(server.url, app.namespace, Streams())
-        fleet = Fleet(app, server.url, agents or (_ECHO,), settings)
-        _greet(app, server, workers, agents or (_ECHO,), store)
-        return await fleet.run(workers)
+        page = pick_port(http_port) if missing() is None else None
+        fleet = _fleet(app, server.url, agents or (_ECHO,), workers, settings, page)
+        _greet(app, server, workers, agents or (_ECHO,), store, page)
+        return await fleet.run()
 
 
-def _greet(app: App, server: NatsServer, workers: int, agents: tuple[str, ...], store: Path | None) -> None:
+def _greet(
+    app: App, server: NatsServer, workers: int, agents: tuple[str, ...], store: Path | None, page: int | None
+) -> None:
     extra = "" if server.port == 4222 else f" --url {server.url}"
     extra += "" if app.namespace == "default" else f" --namespace {app.namespace}"
     agent = "" if len(agents) == 1 else " --agent NAME"
     click.echo(f"server   {server.url}, namespace {app.namespace}, data in {store or 'a temporary directory'}")
     click.echo(f"workers  {workers} x {', '.join(agents)}")
+    if page is not None:
+        click.echo(f"page     http://{HOST}:{page}/")
+    else:
+        click.echo(f"page     none without {missing()}: pip install 'agentrun[gateway]'")
     click.echo(f"try      agentrun{extra} chat{agent}")
     click.echo(f"         agentrun{extra} send{agent} s1 'count 20 200'")
     click.echo(f"         agentrun{extra} status")
     click.echo("Ctrl-C stops everything.")
 
 
+def _fleet(
+    app: App, url: str, agents: tuple[str, ...], workers: int, settings: WorkerSettings, page: int | None
+) -> Fleet:
+    place = ["--url", url, "--namespace", app.namespace]
+    arguments = [sys.executable, "-m", "agentrun", "worker", *agents, *place, "--while-stdin"]
+    arguments += ["--log-level", app.log_level or "info"]
+    for name, value in msgspec.structs.asdict(settings).items():
+        arguments += ["--" + name.replace("_", "-"), str(value)]
+    patience = settings.drain + settings.cancel_grace + _MARGIN
+    names = [f"dev-{number}" for number in range(1, workers + 1)]
+    first = [Kept(name, [*arguments, "--name", name], patience) for name in names]
+    if page is None:
+        return Fleet(first, [])
+    agent = "echo" if agents == (_ECHO,) else None
+    command = gateway_command(place, page, agent=agent, log_level=app.log_level or "warning")
+    return Fleet(first, [Kept("gateway", command, _MARGIN, env=gateway_environment())])
+
+
 class Fleet:
-    """Worker processes that are kept running."""
+    """Processes that are kept running until told to stop.
 
-    def __init__(self, app: App, url: str, agents: tuple[str, ...], settings: WorkerSettings) -> None:
-        self._arguments = [sys.executable, "-m", "agentrun", "worker", *agents, "--url", url, "--while-stdin"]
-        self._arguments += ["--namespace", app.namespace, "--log-level", app.log_level or "info"]
-        for name, value in msgspec.structs.asdict(settings).items():
-            self._arguments += ["--" + name.replace("_", "-"), str(value)]
-        self._patience = settings.drain + settings.cancel_grace + _MARGIN
-        self._processes: dict[str, Process] = {}
-        self._stop = anyio.Event()
-        self._code = 0
+    Args:
+        first: Stopped first.
+        last: Stopped when those have ended, so that what they still say is seen.
+    """
 
-    async def run(self, workers: int) -> int:
-        """Keep so many workers until told to stop; return the exit code."""
+    def __init__(self, first: list[Kept], last: list[Kept]) -> None:
+        self._first = first
+        self._last = last
+        self._stopping = False
+
+    async def run(self) -> int:
+        """Keep them running until told to stop; return the exit code."""
+        codes: list[int] = []
+
+        async def keep(kept: Kept) -> None:
+            code = await kept.run()
+            if code == _CANNOT:
+                # The others cannot either, or are no use without it.
+                codes.append(code)
+                self._stop()
+
         async with anyio.create_task_group() as group:
             group.start_soon(self._obey_signals)
             async with anyio.create_task_group() as keepers:
-                for number in range(1, workers + 1):
-                    keepers.start_soon(self._keep, f"dev-{number}")
+                for kept in self._last:
+                    keepers.start_soon(keep, kept)
+                async with anyio.create_task_group() as first:
+                    for kept in self._first:
+                        first.start_soon(keep, kept)
+                for kept in self._last:
+                    kept.stop()
             group.cancel_scope.cancel()
         click.echo("stopped")
-        return self._code
+        return max(codes, default=0)
 
     async def _obey_signals(self) -> None:
         with anyio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
             async for _ in signals:
-                again = self._stop.is_set()
-                click.echo("handing running turns back" if again else "stopping: running turns may end")
-                self._stop.set()
-                self._terminate()
+                click.echo("handing running turns back" if self._stopping else "stopping: running turns may end")
+                self._stop()
 
-    def _terminate(self) -> None:
-        for process in self._processes.values():
-            if process.returncode is None:
-                process.terminate()
+    def _stop(self) -> None:
+        self._stopping = True
+        for kept in self._first:
+            kept.stop()
 
-    async def _keep(self, name: str) -> None:
-        while not self._stop.is_set():
+
+class Kept:
+    """A process that is started again when it dies.
+
+    Args:
+        name: Stands before each line it prints.
+        command: The process.
+        patience: Seconds it gets to end when it is told to stop.
+        env: Its environment, if not ours.
+    """
+
+    def __init__(self, name: str, command: list[str], patience: float, *, env: dict[str, str] | None = None) -> None:
+        self._env = env
+        self._name = name
+        self._command = command
+        self._patience = patience
+        self._process: Process | None = None
+        self._stop = anyio.Event()
+
+    def stop(self) -> None:
+        """Tell it to stop; more than once, if there is a hurry."""
+        self._stop.set()
+        if self._process is not None and self._process.returncode is None:
+            self._process.terminate()
+
+    async def run(self) -> int:
+        """Keep it running until told to stop, or until it says that it cannot run; return its exit code."""
+        while True:
             began = time.monotonic()
-            code = await self._run_once(name)
-            if self._stop.is_set():
-                return
-            if code == 2:
-                # It could not load its agents; the others cannot either.
-                self._code = code
-                self._stop.set()
-                self._terminate()
-                return
+            code = await self._run_once()
+            if self._stop.is_set() or code == _CANNOT:
+                return code
             lived = time.monotonic() - began
             how = f"died of signal {-code}" if code < 0 else f"ended with code {code}"
-            click.echo(f"{name} | {how} after {lived:.0f} s; it is started again")
+            click.echo(f"{self._name} | {how} after {lived:.0f} s; it is started again")
             with anyio.move_on_after(_PAUSE if lived < 10 * _PAUSE else 0):
                 await self._stop.wait()
+            if self._stop.is_set():
+                return 0
 
-    async def _run_once(self, name: str) -> int:
-        # A session of its own: a Ctrl-C at the terminal is for us, who tell the worker once.
-        process = await anyio.open_process(
-            [*self._arguments, "--name", name],
+    async def _run_once(self) -> int:
+        # A session of its own: a Ctrl-C at the terminal is for us, who tell the process once.
+        self._process = process = await anyio.open_process(
+            self._command,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
+            env=self._env,
             start_new_session=True,
         )
-        self._processes[name] = process
         try:
             if self._stop.is_set():
                 process.terminate()
             async with anyio.create_task_group() as group:
                 assert process.stdout is not None
                 group.start_soon(self._lose_patience, process)
-                # To its end, so that a worker's last words are not lost.
-                await _print_lines(name, process.stdout)
+                # To its end, so that its last words are not lost.
+                await _print_lines(self._name, process.stdout)
                 await process.wait()
                 group.cancel_scope.cancel()
             assert process.returncode is not None

@@ -21,13 +21,17 @@ def run(*arguments: str, env: dict[str, str] | None = None) -> subprocess.Comple
     )
 
 
-def measure(*arguments: str) -> dict[str, dict[str, Any]]:
-    done = run(*arguments, "--json")
+def parsed(done: subprocess.CompletedProcess[str]) -> dict[str, Any]:
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)
     assert report["violations"] == []
     assert report["worker_log"] == ""
     assert report["machine"]["cores"] >= 1
+    return report
+
+
+def measure(*arguments: str) -> dict[str, dict[str, Any]]:
+    report = parsed(run(*arguments, "--json"))
     assert {row["bench"] for row in report["rows"]} == {arguments[0]}
     return {row["case"]: row["figures"] for row in report["rows"]}
 

@@ -52,9 +52,9 @@ async def follow_to(broker: NatsBroker, session: str, after: int, end: int, *, d
 class Forgetful(Follower):
     """A follower to whom every third live message does not get through."""
 
-    async def _on_live(self, msg: Msg) -> None:
+    def _on_live(self, msg: Msg) -> None:
         if random.random() > 0.3:
-            await super()._on_live(msg)
+            super()._on_live(msg)
 
 
 async def test_a_hundred_readers_join_a_fast_writer_at_any_offset(
@@ -83,7 +83,7 @@ async def test_a_hundred_readers_join_a_fast_writer_at_any_offset(
 
 async def test_a_lost_last_message_is_found(env: NatsEnvironment, monkeypatch: pytest.MonkeyPatch) -> None:
     class Deaf(Follower):
-        async def _on_live(self, msg: Msg) -> None:
+        def _on_live(self, msg: Msg) -> None:
             pass
 
     monkeypatch.setattr("agentrun.brokers.nats_log.Follower", Deaf)
@@ -257,3 +257,22 @@ async def test_an_abandoned_follow_leaves_no_subscription(env: NatsEnvironment) 
                     await anext(lists)
         assert len(broker._core.reads.client._subs) == before
         assert broker._core.reads.on_reconnect == set()
+
+
+async def test_what_is_no_record_on_the_live_subject_does_no_harm(
+    env: NatsEnvironment, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with env.broker() as broker, broker.log.follow("s") as lists:
+        await write(broker, "s", 1)
+        assert [r.offset for r in await anext(lists)] == [1]
+        link = broker._core.reads
+        subject = f"{broker._core.route('s').live}.out.turn"
+        await link.client.publish(subject, b"junk", headers={"No": "record"})
+        await link.client.publish(subject, b"junk")
+        await write(broker, "s", 1)
+        with anyio.fail_after(5):
+            assert [r.offset for r in await anext(lists)] == [2]
+        assert link.connected
+    assert [record.message for record in caplog.records if record.levelname == "WARNING"] == [
+        f"a message on {subject} cannot be used"
+    ]

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
+import signal
 import subprocess
 import sys
+import urllib.error
+import urllib.request
 
 import anyio
+import pytest
 
 from agentrun.testing.openai_server import FakeOpenAI, Refuse, Text
+from tests.e2e.processes import Terminal
 
 COLUMNS = "140"
 
@@ -29,7 +35,9 @@ def table(output: str) -> dict[str, tuple[str, str]]:
 
 
 def test_the_demonstration_counts_what_it_shows() -> None:
-    done = subprocess.run(command("--speed", "5"), capture_output=True, text=True, timeout=55, env=environment())
+    done = subprocess.run(
+        command("--speed", "5", "--http-port", "0"), capture_output=True, text=True, timeout=55, env=environment()
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     rows = table(done.stdout)
     assert {good for _, good in rows.values()} == {"ok"}
@@ -41,8 +49,27 @@ def test_the_demonstration_counts_what_it_shows() -> None:
     assert rows["approval: asked / answered"][0] == "1 / 1"
     live, again, same = rows["all events, live / read again / identical"][0].split(" / ")
     assert live == again == same
+    assert rows["all events, live / read over HTTP / identical"][0] == f"{live} / {live} / {live}"
+    assert re.search(r"page +http://127\.0\.0\.1:\d+/\?session=demo-\w+\n", done.stdout)
     assert "went on from what was stored" in done.stdout
     assert done.stderr == ""
+
+
+def test_at_a_terminal_it_stays_and_serves_the_page() -> None:
+    terminal = Terminal(command("--speed", "10", "--http-port", "0"), environment(TERM="xterm"))
+    try:
+        page = terminal.until(r"page +(http://\S+?/)\?session=(demo-\w+)", timeout=40)
+        terminal.until("stay until Ctrl-C", timeout=40)
+        with urllib.request.urlopen(page[1], timeout=10) as response:
+            assert b"agentrun" in response.read()
+        with urllib.request.urlopen(f"{page[1]}v1/sessions/{page[2]}", timeout=10) as response:
+            assert len(json.load(response)["turns"]) == 4
+        terminal.process.send_signal(signal.SIGINT)
+        assert terminal.wait() == 0
+        with pytest.raises(urllib.error.URLError):
+            urllib.request.urlopen(page[1], timeout=5)
+    finally:
+        terminal.end()
 
 
 async def test_the_same_with_a_model() -> None:
@@ -52,7 +79,7 @@ async def test_the_same_with_a_model() -> None:
         model.script(Text("ship " * 1000, delay=0.03))
         model.script(Text("home " * 10))
         variables = environment(AGENTRUN_MODEL="openai/some", AGENTRUN_API_BASE=model.url, OPENAI_API_KEY="none")
-        done = await anyio.run_process(command(), env=variables, check=False)
+        done = await anyio.run_process(command("--http-port", "0"), env=variables, check=False)
         stopped = len(model.disconnects)
     output = done.stdout.decode()
     assert done.returncode == 0, output + done.stderr.decode()
@@ -73,6 +100,6 @@ async def test_a_model_that_refuses_is_said_so() -> None:
     async with FakeOpenAI() as model:
         model.script(Refuse(401, "wrong key"))
         variables = environment(AGENTRUN_MODEL="openai/some", AGENTRUN_API_BASE=model.url, OPENAI_API_KEY="none")
-        done = await anyio.run_process(command(), env=variables, check=False)
+        done = await anyio.run_process(command("--http-port", "0"), env=variables, check=False)
     assert done.returncode == 1
     assert "wrong key" in done.stderr.decode()
