@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Sequence
 from contextlib import asynccontextmanager
 
 import anyio
@@ -10,15 +10,17 @@ import msgspec
 
 from agentrun import wire
 from agentrun.broker import Kind, Record, SessionLog, Tail
-from agentrun.errors import InvalidInput, SessionGone
+from agentrun.errors import BrokerError, InvalidInput, SessionGone
 from agentrun.history import History
 from agentrun.snapshot import CARRIERS, Hole, snapshot_for
 
-__all__ = ["Event", "Fold", "Reader", "follow", "load_history", "read_to_end"]
+__all__ = ["Event", "Fold", "Reader", "ends_of", "follow", "load_history", "read_to_end"]
 
 _PAGE = 1000
 _AHEAD = 50
 """Records read at a time while looking for what a hole held; the answer is seldom far."""
+_AT_ONCE = 100
+"""Sessions' ends that are looked up side by side."""
 _BETWEEN_CHUNKS = 64
 """Inputs that are allowed for between the pieces of one event."""
 _LAG = (0.01, 0.02, 0.05, 0.1, 0.2, 0.4)
@@ -57,7 +59,7 @@ def _sent(raw: bytes) -> wire.AnyEvent:
     return event if isinstance(event, (*wire.InputEvent.__args__, wire.UnknownEvent)) else wire.UnknownEvent("", raw)
 
 
-class Event:
+class Event(msgspec.Struct, gc=False, eq=False):
     """One event of a session.
 
     Attributes:
@@ -66,25 +68,22 @@ class Event:
         raw: Its JSON as stored, with fields this version does not know.
         time: When it was stored, in seconds since the epoch by the broker's clock.
         cursor: A hint for the broker, to be given back with ``after=event.offset``; 0 if there is none.
+        decoded: The event as `data` gives it, once it was asked for.
     """
 
-    __slots__ = ("_data", "cursor", "offset", "raw", "time")
-
-    def __init__(
-        self, offset: int, raw: bytes, *, time: float = 0.0, cursor: int = 0, data: wire.AnyEvent | None = None
-    ) -> None:
-        self.offset = offset
-        self.raw = raw
-        self.time = time
-        self.cursor = cursor
-        self._data = data
+    # Never part of a cycle. Whoever keeps many would else have the garbage collector look at them, for 100 ms at a time.
+    offset: int
+    raw: bytes
+    time: float = 0.0
+    cursor: int = 0
+    decoded: wire.AnyEvent | None = None
 
     @property
     def data(self) -> wire.AnyEvent:
         """The event, decoded on first use. Of an unknown type, or not decodable: `UnknownEvent`."""
-        if self._data is None:
-            self._data = _decode(self.raw)
-        return self._data
+        if self.decoded is None:
+            self.decoded = _decode(self.raw)
+        return self.decoded
 
     @property
     def type(self) -> str:
@@ -94,7 +93,7 @@ class Event:
     @property
     def unusable(self) -> bool:
         """Whether it stands where anyone may append, and is no input: junk, or a forgery. It says nothing."""
-        data = self._data
+        data = self.decoded
         return isinstance(data, wire.UnknownEvent) and not data.type
 
     @property
@@ -138,7 +137,7 @@ class Reader:
             self.offset = record.offset
             if record.kind.input:
                 data = _sent(record.body)
-                events.append(Event(record.offset, record.body, time=record.time, cursor=record.cursor, data=data))
+                events.append(Event(record.offset, record.body, time=record.time, cursor=record.cursor, decoded=data))
             # The quotes of a quoted "chunk" are escaped in JSON, so this spares decoding nearly all others.
             elif b'"chunk"' not in record.body:
                 events.append(Event(record.offset, record.body, time=record.time, cursor=record.cursor))
@@ -168,7 +167,7 @@ class Reader:
 
     async def _join(self, record: Record) -> Event | None:
         data = _decode(record.body)
-        event = Event(record.offset, record.body, time=record.time, cursor=record.cursor, data=data)
+        event = Event(record.offset, record.body, time=record.time, cursor=record.cursor, decoded=data)
         if not isinstance(data, wire.Chunk):
             return event
         if data.index == 0:
@@ -193,7 +192,7 @@ class Reader:
 
 
 def _stand_in(event: wire.Snapshot | wire.Gap, time: float) -> Event:
-    return Event(event.to, wire.encode(event), time=time, data=event)
+    return Event(event.to, wire.encode(event), time=time, decoded=event)
 
 
 async def read_to_end(log: SessionLog, session: str, *, after: int = 0) -> AsyncGenerator[Event]:
@@ -256,6 +255,34 @@ async def _end_after(log: SessionLog, session: str, after: int) -> Tail:
         f"session {session} ends at offset {tail.offset}, before {after}: it was deleted since that offset was read "
         "(or the offset is another session's); read again from after=0"
     )
+
+
+async def ends_of(log: SessionLog, sessions: Iterable[str]) -> dict[str, Tail]:
+    """Return the ends of sessions, looked up side by side; those that have no record are left out.
+
+    Raises:
+        BrokerError: One could not be looked up.
+    """
+    ends: dict[str, Tail] = {}
+    failures: list[BrokerError] = []
+    left = iter(sessions)
+
+    async def look() -> None:
+        try:
+            for session in left:
+                tail = await log.last(session)
+                if tail.offset:
+                    ends[session] = tail
+        except BrokerError as error:  # raised below, not wrapped in a group
+            failures.append(error)
+            group.cancel_scope.cancel()
+
+    async with anyio.create_task_group() as group:
+        for _ in range(_AT_ONCE):
+            group.start_soon(look)
+    if failures:
+        raise failures[0]
+    return ends
 
 
 class Fold:

@@ -14,7 +14,7 @@ from typing import Self
 import anyio
 from nats.aio.subscription import Subscription
 
-from agentrun.bell import Bell
+from agentrun.bell import Bell, Ear
 from agentrun.broker import Record
 from agentrun.brokers.nats_layout import Route, Stored, stored_of
 from agentrun.brokers.nats_link import Link, Msg, NotConnected, log
@@ -57,6 +57,7 @@ class Follower:
         self._buffer: deque[Stored] = deque()
         self._bytes = 0
         self._bell = Bell()
+        self._ear = Ear(self._bell)
         self._subscriptions: list[Subscription] = []
 
     async def __aenter__(self) -> Self:
@@ -70,6 +71,7 @@ class Follower:
 
     async def __aexit__(self, *exc: object) -> None:
         self._link.on_reconnect.discard(self._reread)
+        self._ear.close()
         for subscription in self._subscriptions:
             await self._link.unsubscribe(subscription)
 
@@ -115,7 +117,7 @@ class Follower:
             return records
         if self._behind:
             return ()
-        if not await self._bell.wait(self._idle * random.uniform(0.8, 1.2)):  # noqa: S311
+        if not await self._ear.wait(self._idle * random.uniform(0.8, 1.2)):  # noqa: S311
             await self._look()
         return ()
 

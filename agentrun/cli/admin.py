@@ -5,20 +5,19 @@ from __future__ import annotations
 import time
 from typing import Any
 
-import anyio
 import click
 import msgspec
 
 from agentrun import brokers
-from agentrun.broker import Broker, BrokerAdmin, QueueStats, Tail
+from agentrun.broker import BrokerAdmin, QueueStats
 from agentrun.brokers.nats_layout import Streams
 from agentrun.cli.common import App, Fatal, command, duration, json_option, option
 from agentrun.cli.lines import columns
+from agentrun.reading import ends_of
 from agentrun.worker import WORKERS, WorkerInfo
 
 LOOKED_AT = 10_000
 """Sessions whose ends ``agentrun sessions`` looks up to find the newest."""
-_AT_ONCE = 100
 
 
 @command("setup")
@@ -83,7 +82,7 @@ async def sessions(app: App, limit: int, as_json: bool) -> None:
         if not isinstance(client.broker, BrokerAdmin):
             raise Fatal("this broker cannot list its sessions")
         names = await client.broker.sessions(limit=LOOKED_AT)
-        ends = await _ends(client.broker, names)
+        ends = await ends_of(client.broker.log, names)
     newest = sorted(ends, key=lambda name: ends[name].time, reverse=True)[:limit]
     if len(names) == LOOKED_AT:
         click.echo(f"{LOOKED_AT} sessions were looked at, there may be more", err=True)
@@ -97,22 +96,6 @@ async def sessions(app: App, limit: int, as_json: bool) -> None:
     rows = [(name, ends[name].offset, _when(ends[name].time), "busy" if ends[name].pending else "") for name in newest]
     for line in columns(("session", "offset", "last record", ""), rows) if rows else ["none"]:
         click.echo(line)
-
-
-async def _ends(broker: Broker, names: list[str]) -> dict[str, Tail]:
-    ends: dict[str, Tail] = {}
-    left = iter(names)
-
-    async def look() -> None:
-        for name in left:
-            tail = await broker.log.last(name)
-            if tail.offset:  # else it was deleted just now
-                ends[name] = tail
-
-    async with anyio.create_task_group() as group:
-        for _ in range(_AT_ONCE):
-            group.start_soon(look)
-    return ends
 
 
 def _when(seconds: float) -> str:

@@ -19,7 +19,7 @@ import anyio
 import msgspec
 from anyio.abc import TaskGroup, TaskStatus
 
-from agentrun.bell import Bell
+from agentrun.bell import Bell, Ear
 from agentrun.broker import Tail
 from agentrun.client import Client, Session
 from agentrun.errors import AgentrunError, BrokerError, InvalidInput, SessionGone, Unavailable
@@ -55,21 +55,21 @@ class Closed(Exception):
         self.reason = reason
 
 
-class Item:
+class Item(msgspec.Struct, gc=False, eq=False):
     """One event, as all readers of its session share it.
 
     Attributes:
-        offset: Its offset.
         event: The event.
     """
 
-    __slots__ = ("_json", "_sse", "event", "offset")
+    event: Event
+    _json: bytes | None = None
+    _sse: bytes | None = None
 
-    def __init__(self, event: Event) -> None:
-        self.event = event
-        self.offset = event.offset
-        self._json: bytes | None = None
-        self._sse: bytes | None = None
+    @property
+    def offset(self) -> int:
+        """Its offset."""
+        return self.event.offset
 
     @property
     def json(self) -> bytes:
@@ -215,6 +215,7 @@ class Reading:
         self._index = -1
         """The place in the feed, counted from its beginning; -1 while what is older is read from the log."""
         self._stored: AsyncGenerator[Event] | None = None
+        self._ear = Ear(feed.changed)
 
     @property
     def at_end(self) -> bool:
@@ -245,7 +246,7 @@ class Reading:
                 pause = min(2 * pause, _LAG_MOST)
             if left <= 0:
                 return ()
-            await self._feed.changed.wait(left)
+            await self._ear.wait(left)
 
     def _check(self) -> None:
         if self._hub.closing:
@@ -295,7 +296,8 @@ class Reading:
         return items
 
     async def aclose(self) -> None:
-        """Free what reading the log holds."""
+        """Free what reading holds; it may go on all the same."""
+        self._ear.close()
         if self._stored is not None:
             stored, self._stored = self._stored, None
             await stored.aclose()

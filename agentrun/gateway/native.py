@@ -22,6 +22,7 @@ from agentrun.gateway.problems import Problem, problem_of
 from agentrun.gateway.rights import Principal
 from agentrun.gateway.sse import EVENT_STREAM, Stream, Writer, deadline_of, pump, while_there
 from agentrun.gateway.views import session_view, turn_view
+from agentrun.reading import ends_of
 from agentrun.wire import check_id
 
 if TYPE_CHECKING:
@@ -35,6 +36,8 @@ _MOST = 1000
 """Events in one JSON answer."""
 _MOST_BYTES = 1 << 20
 _LISTED = 100
+_LOOKED_AT = 10
+"""Sessions that are looked at for each one listed: the broker names them in no order."""
 
 
 def routes(gateway: Gateway) -> list[BaseRoute]:
@@ -98,14 +101,14 @@ class _Api:
         if not self._gateway.settings.list_sessions or not isinstance(broker, BrokerAdmin):
             raise Problem(404, "not_listed", "this gateway lists no sessions")
         limit = _number(request, "limit", _LISTED, least=1, most=1000)
-        found: list[dict[str, Any]] = []
-        for name in await broker.sessions(limit=10 * limit):
-            if not principal.may("read", name):
-                continue
-            tail = await broker.log.last(name)
-            found.append({"session": name, "offset": tail.offset, "time": tail.time, "busy": bool(tail.pending)})
-        found.sort(key=lambda entry: entry["time"], reverse=True)
-        return _json({"sessions": found[:limit]})
+        names = [name for name in await broker.sessions(limit=_LOOKED_AT * limit) if principal.may("read", name)]
+        ends = await ends_of(broker.log, names)
+        newest = sorted(ends, key=lambda name: ends[name].time, reverse=True)[:limit]
+        shown = [
+            {"session": name, "offset": ends[name].offset, "time": ends[name].time, "busy": bool(ends[name].pending)}
+            for name in newest
+        ]
+        return _json({"sessions": shown})
 
     async def state(self, request: Request) -> Response:
         principal = await self._authenticate(request)

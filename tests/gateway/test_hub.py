@@ -142,7 +142,7 @@ def items_of(*bodies: bytes, kind: Kind = Kind.TURN) -> list[Item]:
     from agentrun.reading import Event, _sent  # pyright: ignore[reportPrivateUsage]
 
     data = [_sent(body) if kind.input else None for body in bodies]
-    return [Item(Event(i, body, time=1.5, data=d)) for i, (body, d) in enumerate(zip(bodies, data, strict=True), 1)]
+    return [Item(Event(i, body, time=1.5, decoded=d)) for i, (body, d) in enumerate(zip(bodies, data, strict=True), 1)]
 
 
 def test_an_item_is_what_is_stored_byte_by_byte() -> None:
