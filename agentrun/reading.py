@@ -71,7 +71,7 @@ class Event(msgspec.Struct, gc=False, eq=False):
         decoded: The event as `data` gives it, once it was asked for.
     """
 
-    # Never part of a cycle. Whoever keeps many would else have the garbage collector look at them, for 100 ms at a time.
+    # Never part of a cycle: with many kept, the garbage collector would look at them for 100 ms at a time.
     offset: int
     raw: bytes
     time: float = 0.0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import ipaddress
 import os
 import sys
@@ -74,6 +75,8 @@ async def gateway(
     async with served, anyio.create_task_group() as group:
         if while_stdin:
             group.start_soon(_stop_with_stdin)
+        gc.collect()
+        gc.freeze()  # what was imported stays: looking at it again would hold up every stream for 50 ms
         click.echo(f"gateway on {address}" + (", open to everybody on this machine" if insecure else ""))
         await serve(served, sockets, drain=served.drain, max_message=settings.max_body)
         group.cancel_scope.cancel()
