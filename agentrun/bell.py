@@ -6,6 +6,9 @@ import asyncio
 
 __all__ = ["Bell", "Ear"]
 
+_LATE = 0.002
+"""Timers are precise to a millisecond, either way. One that rang too early would be set anew over and over."""
+
 
 class Bell:
     """Wakes all who listen to it.
@@ -63,7 +66,7 @@ class Ear:
     def _start(self, loop: asyncio.AbstractEventLoop) -> None:
         self.close()
         self._timer_at = self._until
-        self._timer = loop.call_at(self._until, self._look, loop)
+        self._timer = loop.call_at(self._until + _LATE, self._look, loop)
 
     def _look(self, loop: asyncio.AbstractEventLoop) -> None:
         self._timer = None

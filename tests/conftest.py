@@ -8,7 +8,8 @@ from agentrun.brokers.server import NatsServer
 from tests.brokers.nats_environment import NatsEnvironments
 
 _GROUPS = {
-    "processes": ("tests/e2e", "tests/bench", "tests/docs", "tests/brokers/test_nats_cluster.py"),
+    "processes": ("tests/e2e",),
+    "bench": ("tests/bench", "tests/docs", "tests/brokers/test_nats_cluster.py"),
     "browser": ("tests/browser", "tests/gateway/test_npm"),
 }
 

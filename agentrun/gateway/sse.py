@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import random
 import time
-from collections.abc import Awaitable, Callable, Mapping
-from contextlib import AsyncExitStack
+from collections.abc import Awaitable, Callable, Generator, Mapping
+from contextlib import AsyncExitStack, contextmanager
 from typing import TypeVar
 
 import anyio
@@ -90,9 +91,10 @@ class Stream:
         whole = False
         async with anyio.create_task_group() as group:
             writer = Writer(send)
-            group.start_soon(self._watch, writer, receive, group.cancel_scope)
+            group.start_soon(_until_gone, receive, group.cancel_scope)
             try:
-                await self._body(writer)
+                with _patience(writer, self._timeout, group.cancel_scope):
+                    await self._body(writer)
                 whole = True
             except Broken:
                 pass  # a body left without its end is what a server breaks the connection for
@@ -100,14 +102,24 @@ class Stream:
         if whole:
             await send({"type": "http.response.body", "body": b"", "more_body": False})
 
-    async def _watch(self, writer: Writer, receive: Receive, scope: anyio.CancelScope) -> None:
-        # A time limit for each write would cost more than the write.
-        while not (writer.began and time.monotonic() - writer.began > self._timeout):
-            with anyio.move_on_after(self._timeout / 2) as pause:
-                await _until_gone(receive, scope)
-            if not pause.cancelled_caught:
-                return
-        scope.cancel()
+
+@contextmanager
+def _patience(writer: Writer, seconds: float, scope: anyio.CancelScope) -> Generator[None]:
+    """Cancel when a write takes longer. A time limit for each write would cost more than the write."""
+    loop = asyncio.get_running_loop()
+
+    def look() -> None:
+        nonlocal timer
+        if writer.began and time.monotonic() - writer.began > seconds:
+            scope.cancel()
+        else:
+            timer = loop.call_later(seconds / 2, look)
+
+    timer = loop.call_later(seconds / 2, look)
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 async def _until_gone(receive: Receive, scope: anyio.CancelScope) -> None:

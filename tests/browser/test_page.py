@@ -177,7 +177,7 @@ def test_names_roles_and_what_is_read_out(tabs: Tabs) -> None:
     tab = tabs.open()
     page = tab.page
     announced = page.get_by_role("log", name="Announcements")
-    tab.send("count 30 10")
+    tab.send("count 150 20")
     tab.until_said("w5 ")
     assert announced.inner_text() == ""
     expect(tab.turn().locator(".answer")).to_have_attribute("aria-busy", "true")
@@ -187,7 +187,7 @@ def test_names_roles_and_what_is_read_out(tabs: Tabs) -> None:
     assert page.evaluate(NAMELESS) == []
     for role, name in (("navigation", "Sessions"), ("complementary", "Timeline"), ("log", "Messages"), ("main", None)):
         assert page.get_by_role(role, name=name).count() == 1  # type: ignore[arg-type]
-    assert page.get_by_role("heading", level=1).inner_text() == "count 30 10"
+    assert page.get_by_role("heading", level=1).inner_text() == "count 150 20"
     assert page.get_by_role("status").count() == 2
     tab.send("approve 3 3")
     expect(page.get_by_role("group", name="Deploy?")).to_be_visible(timeout=PATIENCE)
