@@ -14,12 +14,21 @@ _GROUPS = {
 }
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist looks at the marks
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Tests that start processes of their own run one after the other, beside the others: the cores are few."""
     for item in items:
         for group, places in _GROUPS.items():
             if item.nodeid.startswith(places):
                 item.add_marker(pytest.mark.xdist_group(group))
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Groups that do not take effect make tests of processes fail by chance, a long way from the reason."""
+    for item in session.items:
+        grouped = item.nodeid.endswith(tuple(f"@{group}" for group in _GROUPS))
+        if hasattr(session.config, "workerinput") and item.get_closest_marker("xdist_group") and not grouped:
+            raise pytest.UsageError(f"pytest-xdist does not see the group of {item.nodeid}: see constraints.txt")
 
 
 @pytest.fixture(scope="session")

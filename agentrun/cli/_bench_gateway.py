@@ -152,10 +152,10 @@ async def _fan_out(run: Run, gateway: _Gateway, clients: int) -> None:
     run.say(f"gateway: {name}")
     async with run.watches(1) as (watch,):
         path = f"/v1/sessions/{watch.session.id}/events?after={watch.offset}"
-        before = await gateway.watched()
+        await gateway.until_unwatched()
         async with _client(run, Job(gateway.port, "sse", [path] * clients)) as client:
             await client.opened(run, name, clients)
-            watched = await gateway.watched() - before
+            watched = await gateway.watched()
             cpu = Cpu(run, gateway=gateway.pid, client=client.pid)
             turn = await watch.session.send(f"bench {words} {run.options.rate}")
             direct = await watch.until_ended(turn, within=SETTLE + 10 * run.options.seconds)
@@ -311,6 +311,12 @@ class _Gateway(Struct, frozen=True):
     async def watched(self) -> int:
         """Sessions it has a subscription for at the broker."""
         return await anyio.to_thread.run_sync(self._watched)
+
+    async def until_unwatched(self) -> None:
+        """Wait until it has let go of what its earlier clients read: it lingers for some seconds."""
+        with anyio.fail_after(SETTLE):
+            while await self.watched():  # noqa: ASYNC110 - another process: it can only be asked
+                await anyio.sleep(0.2)
 
     def _watched(self) -> int:
         with urllib.request.urlopen(f"http://127.0.0.1:{self.port}/readyz", timeout=30) as reply:

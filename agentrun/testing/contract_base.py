@@ -25,7 +25,7 @@ def expect(condition: object, message: str) -> None:
 class Settings(Struct, frozen=True):
     """What a check needs of its broker; times in seconds, short so that the suite is."""
 
-    lease_ttl: float = 0.5
+    lease_ttl: float = 1.0
     delta_ttl: float = 3600.0
     faults: bool = False
     """Whether the check uses `Environment.drop_next_ack` or `Environment.cut`."""

@@ -184,7 +184,7 @@ class _Fleet:
         await lease.ack()
 
 
-@check(CHECKS, "Q2", Settings(lease_ttl=1.0))
+@check(CHECKS, "Q2", Settings(lease_ttl=2.0))
 async def fleet_keeps_order_without_overlap(env: Environment) -> None:
     """40 sessions of 4 turns, 12 loops on 3 connections of which 5 % die: no overlap, in order, each settled once."""
     sessions, turns = 40, 4

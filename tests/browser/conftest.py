@@ -4,12 +4,13 @@ import os
 import shutil
 from collections.abc import Iterator
 from contextlib import ExitStack
+from pathlib import Path
 
 import pytest
 from playwright.sync_api import Browser, sync_playwright
 
 from agentrun.brokers.server import NatsServer
-from tests.browser.site import Site, Tabs
+from tests.browser.site import Site, Tabs, Talk
 
 ARGUMENTS = [
     "--no-sandbox",
@@ -55,3 +56,11 @@ def tabs(browser: Browser, site: Site) -> Iterator[Tabs]:
         tabs = Tabs(browser, site, stack)
         yield tabs
         tabs.check()
+
+
+@pytest.fixture
+def talk(tmp_path: Path) -> Iterator[Talk]:
+    """A message whose answer lasts as long as the test wants; it ends with the test."""
+    talk = Talk(tmp_path / "enough")
+    yield talk
+    talk.end()

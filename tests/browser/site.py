@@ -9,6 +9,7 @@ import uuid
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
@@ -42,7 +43,7 @@ class Site:
         """Do what needs an event loop in another thread: the browser has one in ours."""
         return self._thread.submit(work).result()
 
-    def start_worker(self, name: str, agent: str = "workers.echo:echo") -> Running:
+    def start_worker(self, name: str, agent: str = "tests.browser.agents:echo") -> Running:
         return self.cli.worker(name, agent=agent)
 
     def start_gateway(self, *flags: object, port: int = 0, env: dict[str, str] | None = None) -> Running:
@@ -90,9 +91,35 @@ class Site:
     def log(self, session: str) -> list[Event]:
         return self._away(lambda: self.cli.log(session))
 
+    def answer(self, session: str) -> str:
+        """The last turn's answer as it is stored."""
+        return self.log(session)[-1].data.message.text
+
+    def until_started(self, session: str, attempts: int) -> None:
+        """Wait until a session's turns were begun so often."""
+        self._away(lambda: self.cli.events_until(session, "turn.started", attempts))
+
     def end(self) -> None:
         self.cli.end()
         self._thread.shutdown()
+
+
+class Talk:
+    """A message whose answer goes on, a word every 40 ms, until the test has done what it does in mid-answer."""
+
+    def __init__(self, path: Path) -> None:
+        self.text = f"talk {path}"
+        self._path = path
+
+    def end(self) -> None:
+        """Let the answer come to its end, a few words later."""
+        self._path.touch()
+
+    @staticmethod
+    def whole(text: str) -> str:
+        """The text, which must be every word from the first on, in order."""
+        assert text == "".join(f"w{i} " for i in range(text.count(" ")))
+        return text
 
 
 class Tab:
@@ -141,6 +168,14 @@ class Tab:
     def said(self, number: int = -1) -> str:
         """The text of a turn's answer, as it stands in the document."""
         return self.turn(number).evaluate("t => [...t.querySelectorAll('.text')].map(e => e.textContent).join('')")
+
+    def said_at_rest(self) -> str:
+        """The last answer's text, once a second has brought nothing new."""
+        said = None
+        while said != (now := self.said()):
+            said = now
+            self.page.wait_for_timeout(1000)
+        return now
 
     def until_said(self, text: str) -> Tab:
         """Wait until the last answer has come so far."""

@@ -7,41 +7,37 @@ import re
 from playwright.sync_api import expect
 
 from tests.browser.cable import Cable
-from tests.browser.site import PATIENCE, Site, Tabs
+from tests.browser.site import PATIENCE, Site, Tabs, Talk
 
-COUNT = "count 70 50"
-WORDS = "".join(f"w{i} " for i in range(70))
 SOME = "w12 "
 GONE = ("Failed to load resource", "ERR_")
 
 
-def test_reload_in_mid_answer(tabs: Tabs) -> None:
+def test_reload_in_mid_answer(tabs: Tabs, site: Site, talk: Talk) -> None:
     tab = tabs.open()
-    tab.send(COUNT)
+    tab.send(talk.text)
     tab.until_said(SOME)
     tab.page.reload()
     tab.until_said(SOME)
-    assert len(tab.said()) < len(WORDS)
+    talk.end()
     tab.until("completed")
-    assert tab.said() == WORDS
+    assert tab.said() == talk.whole(site.answer(tabs.session))
     assert tab.page.locator(".turn").count() == 1
 
 
-def test_a_second_device_joins_in_mid_answer(tabs: Tabs) -> None:
+def test_a_second_device_joins_in_mid_answer(tabs: Tabs, site: Site, talk: Talk) -> None:
     one, two = tabs.open(), tabs.blank()
-    two.page.goto(two.url)  # so that it is quick to open the link
-    two.live()
-    one.send(COUNT)
+    one.send(talk.text)
     one.until_said(SOME)
     one.button("Second device").click()
-    link = one.page.get_by_label("Address of this session").input_value()
-    two.page.goto(link)
+    two.page.goto(one.page.get_by_label("Address of this session").input_value())
     two.until_said(SOME)
-    assert len(two.said()) < len(WORDS)
-    two.until("completed")
-    one.until("completed")
-    assert one.said() == two.said() == WORDS
-    expect(two.turn().locator(".bubble")).to_have_text(COUNT)
+    expect(two.turn()).to_have_attribute("data-state", "running")
+    talk.end()
+    for tab in (one, two):
+        tab.until("completed")
+        assert tab.said() == talk.whole(site.answer(tabs.session))
+    expect(two.turn().locator(".bubble")).to_have_text(talk.text)
 
 
 def test_stop_from_a_second_device(tabs: Tabs, site: Site) -> None:
@@ -61,81 +57,92 @@ def test_stop_from_a_second_device(tabs: Tabs, site: Site) -> None:
         expect(tab.rows("Stopped").locator(".note")).to_have_text("from phone")
 
 
-def test_a_worker_killed_in_mid_answer(tabs: Tabs, site: Site) -> None:
+def test_a_worker_killed_in_mid_answer(tabs: Tabs, site: Site, talk: Talk) -> None:
     tab = tabs.open()
-    tab.send(COUNT)
+    tab.send(talk.text)
     tab.until_said(SOME)
     name = tab.rows("Started").locator(".note").inner_text().removeprefix("by ")
     site.kill_worker(name)
-    tab.until("completed")
-    assert tab.said() == WORDS
-    other = {"one": "two", "two": "one"}[name]
     taken_over = tab.rows("Taken over").locator(".note")
-    expect(taken_over).to_have_text(re.compile(rf"^{name} was lost; ({other}|{name}) goes on after \d+$"))
+    other = {"one": "two", "two": "one"}[name]
+    expect(taken_over).to_have_text(
+        re.compile(rf"^{name} was lost; ({other}|{name}) goes on after \d+$"), timeout=PATIENCE
+    )
+    talk.end()
+    tab.until("completed")
+    assert tab.said() == talk.whole(site.answer(tabs.session))
     expect(tab.turn().locator(".notices li")).to_have_text(re.compile(rf"^Worker {name} was lost in mid-answer;"))
 
 
-def test_the_gateway_killed_and_restarted_in_mid_answer(tabs: Tabs, site: Site) -> None:
+def test_the_gateway_killed_and_restarted_in_mid_answer(tabs: Tabs, site: Site, talk: Talk) -> None:
     tabs.expected = GONE
     one, two = tabs.open(), tabs.open()
-    one.send(COUNT)
+    one.send(talk.text)
     two.until_said(SOME)
     site.restart_gateway(lambda: expect(one.connection).to_have_text("Reconnecting …", timeout=PATIENCE))
     for tab in (one, two):
-        tab.until("completed").live()
-        assert tab.said() == WORDS
+        tab.live()
+    talk.end()
+    for tab in (one, two):
+        tab.until("completed")
+        assert tab.said() == talk.whole(site.answer(tabs.session))
 
 
-def test_offline_and_online_in_mid_answer(tabs: Tabs, site: Site) -> None:
+def test_offline_and_online_in_mid_answer(tabs: Tabs, site: Site, talk: Talk) -> None:
     tabs.expected = GONE
     cable = Cable(site.port)
     try:
         tab = tabs.blank(url=cable.url).open(tabs.session)
-        tab.send(COUNT)
+        tab.send(talk.text)
         tab.until_said(SOME)
         cable.drop_streams()
         tab.page.context.set_offline(True)
         expect(tab.connection).to_have_text("Offline, will go on from here", timeout=PATIENCE)
         so_far = tab.said()
         tab.page.context.set_offline(False)
-        tab.until("completed").live()
-        assert len(so_far) < len(WORDS)
-        assert tab.said() == WORDS
+        tab.live()
+        talk.end()
+        tab.until("completed")
+        assert len(so_far) < len(tab.said())
+        assert tab.said() == talk.whole(site.answer(tabs.session))
         tab.page.context.close()
     finally:
         cable.end()
 
 
-def test_a_stream_that_died_without_a_word(tabs: Tabs, site: Site) -> None:
+def test_a_stream_that_died_without_a_word(tabs: Tabs, site: Site, talk: Talk) -> None:
     cable = Cable(site.port)
     try:
         tab = tabs.blank(url=cable.url).open(tabs.session)
-        tab.send("count 40 50")
+        tab.send(talk.text)
         tab.until_said(SOME)
         cable.drop_streams()
-        so_far = tab.said()
-        tab.page.wait_for_timeout(2500)
-        assert len(tab.said()) <= len(so_far) + 8
+        so_far = tab.said_at_rest()
         # The person looks at the page again.
         tab.page.evaluate("document.dispatchEvent(new Event('visibilitychange'))")
+        tab.page.wait_for_function("n => document.querySelector('.turn .text').textContent.length > n", arg=len(so_far))
+        talk.end()
         tab.until("completed").live()
-        assert tab.said() == "".join(f"w{i} " for i in range(40))
+        assert tab.said() == talk.whole(site.answer(tabs.session))
         tab.page.context.close()
     finally:
         cable.end()
 
 
-def test_the_broker_away_in_mid_answer(tabs: Tabs, site: Site) -> None:
+def test_the_broker_away_in_mid_answer(tabs: Tabs, site: Site, talk: Talk) -> None:
     tabs.expected = ("503", *GONE)
     gateway = site.start_gateway("--insecure", "--outage", "1s")
     tab = tabs.blank(url=site.address_of(gateway)).open(tabs.session)
-    tab.send("count 30 50")
+    tab.send(talk.text)
     tab.until_said("w3 ")
     with site.broker_away():
         expect(tab.connection).to_have_text("Broker away, waiting for it …", timeout=PATIENCE)
-        assert len(tab.said()) < len(WORDS[: WORDS.index("w30")])
-    tab.until("completed").live()
-    assert tab.said() == WORDS[: WORDS.index("w30")]
+        so_far = tab.said()
+    tab.live()
+    talk.end()
+    tab.until("completed")
+    assert len(so_far) < len(tab.said())
+    assert tab.said() == talk.whole(site.answer(tabs.session))
     gateway.end()
 
 

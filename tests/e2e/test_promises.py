@@ -175,14 +175,14 @@ def test_p6_sending_is_idempotent_and_atomic(shared: Cli, session: str) -> None:
 
 def test_p7_a_workers_death_costs_seconds_not_the_answer(cli: Cli, session: str) -> None:
     first = cli.worker("first")
-    sending = cli.start("send", session, "count 40 50", "--id", "t1")
+    sending = cli.start("send", session, "count 100 50", "--id", "t1")
     sending.until("w10 ")
     cli.worker("second")
     died = time.time()
     first.signal(signal.SIGKILL)
     result = sending.wait()
     assert result.code == 0, result
-    assert result.out.split() == words(40)
+    assert result.out.split() == words(100)
     assert "worker first died; second goes on (attempt 2)" in result.err
     goes_on = next(e for e in cli.log(session) if isinstance(e.data, TurnStarted) and e.data.attempt == 2)
     assert goes_on.time - died < TAKEOVER

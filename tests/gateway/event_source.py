@@ -38,9 +38,11 @@ class EventSource:
     async def items(self) -> AsyncGenerator[dict[str, Any]]:
         """The data of every event; ends when the server says 204."""
         while True:
+            opened = False
             try:
                 async with self._http.stream("GET", self._path, headers=self._headers(), timeout=60) as response:
                     self.connections += 1
+                    opened = True
                     if response.status_code == 204:
                         return
                     if response.status_code != 200:
@@ -52,10 +54,10 @@ class EventSource:
                             self.last = frame["id"]
                         if "data" in frame:
                             yield json.loads(frame["data"])
-            except httpx.ConnectError:
-                self.refused += 1
             except httpx.TransportError:
-                self.broken += 1
+                # A connection that was kept may be closed by the server in the moment it is used again.
+                self.broken += opened
+                self.refused += not opened
             await anyio.sleep(self._retry)
 
     async def until(self, type: str, count: int = 1, within: float = 30) -> list[dict[str, Any]]:

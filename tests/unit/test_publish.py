@@ -137,7 +137,7 @@ async def test_at_chat_speed_each_token_is_a_record() -> None:
 
 
 async def test_deltas_keep_their_distance_and_events_do_not_wait() -> None:
-    async with bench(min_gap=0.1) as b:
+    async with bench(min_gap=0.5) as b:
         await b.publisher.emit(text("a"))
         await b.publisher.flush()
         await b.publisher.emit(wire.ToolCall(call="c", name="n", input={}))
@@ -145,8 +145,8 @@ async def test_deltas_keep_their_distance_and_events_do_not_wait() -> None:
         await b.publisher.emit(text("b"))
         await b.publisher.flush()
     first, call, second = b.log.appends
-    assert call - first < 0.09
-    assert second - first >= 0.099
+    assert call - first < 0.45
+    assert second - first >= 0.499
 
 
 async def test_no_setting_makes_deltas_faster_than_readers_reckon_with() -> None:
