@@ -41,12 +41,15 @@ Queue
       slot. It may return None early.
   Q8  When the pending list changes so that a waiting input becomes ready, it is leased promptly (well within a
       second), without a poll by the caller.
+  Q9  `TurnQueue.hand_back` gives out again, at once, what another connection holds and will not settle: `Lease.token`
+      and `TurnQueue.early` name it. Whoever has been given it since loses it as well; one that was settled stays so.
 
 Signals
   S1  `Signals.request` reaches every listener of the channel that is connected, and returns the first reply.
   S2  No listener: `NoListener`, at once and not after the timeout (if ``capabilities.detects_no_listener``).
   S3  Channels are apart. Nothing is remembered: what must not be lost is in the log.
   S4  A handler that runs when its `Signals.listen` context closes may still answer, for `HANDLER_GRACE` seconds.
+  S5  `Signals.announce` reaches every listener that is connected, in order, from any thread, and waits for nobody.
 """
 
 from __future__ import annotations
@@ -233,6 +236,16 @@ class Capabilities(Struct, frozen=True, kw_only=True):
     """Seconds after which a lease that was not extended is given out again, unless the agent has its own."""
 
 
+class Hold(NamedTuple):
+    """An input that some connection has been given, named so that another one can hand it back."""
+
+    agent: str
+    session: str
+    offset: int
+    token: str
+    """The broker's name of this one giving out; opaque to others."""
+
+
 class Lease(Protocol):
     """One input, given to one holder for a time."""
 
@@ -246,6 +259,11 @@ class Lease(Protocol):
     @property
     def tail(self) -> Tail:
         """The session's end when the lease was given; ``tail.pending.ready(record.offset)`` held."""
+        ...
+
+    @property
+    def token(self) -> str:
+        """The broker's name of this lease, as in `Hold`; each giving out has another."""
         ...
 
     def extend(self) -> None:
@@ -274,6 +292,21 @@ class TurnQueue(Protocol):
 
     async def lease(self, agent: str, *, wait: float) -> Lease | None:
         """Give one ready input, or None after at most ``wait`` seconds."""
+        ...
+
+    def early(self) -> Sequence[Hold]:
+        """What this connection keeps until its turn comes. Any thread, never blocks; empty where nothing is kept."""
+        ...
+
+    async def hand_back(self, hold: Hold) -> None:
+        """Give out again at once what another connection holds.
+
+        For holders that are dead: from one that is not, its input is taken, and only the log decides between it and the
+        next one (L1). So look at the log first.
+
+        Raises:
+            Unavailable: There is no connection.
+        """
         ...
 
 
@@ -367,6 +400,10 @@ class Signals(Protocol):
 
     async def gather(self, channel: str, body: bytes, *, wait: float) -> list[bytes]:
         """Send a request and return all replies that come within ``wait`` seconds."""
+        ...
+
+    def announce(self, channel: str, body: bytes) -> None:
+        """Tell every listener. Any thread, never blocks, best effort: what matters is said again."""
         ...
 
 

@@ -165,6 +165,8 @@ class TurnView:
                     self.retry_at = time + event.after
                 case wire.TurnReleased():
                     self._pause("queued", event.usage, charged=False)
+                case wire.TurnLost():
+                    pass  # as if nobody had noticed yet: it goes on with the next attempt
                 case _:
                     self._own.apply(event)
         self.last_out = offset

@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 import traceback
+from collections.abc import Callable
 from types import TracebackType
 from typing import Self
 
@@ -38,6 +39,10 @@ class Keeper:
         self._alive = time.monotonic()
         self.blocked = 0
         """How often the loop was found blocked."""
+        self.on_hold: Callable[[], None] | None = None
+        """Called when a lease is held from now on."""
+        self.given_up = False
+        """Whether it has been blocked for so long that the leases are not extended."""
 
     def __enter__(self) -> Self:
         self._loop = asyncio.get_running_loop()
@@ -57,16 +62,24 @@ class Keeper:
         """Extend the lease from now on."""
         with self._lock:
             self._leases.add(lease)
+        if self.on_hold is not None:
+            self.on_hold()
 
     def drop(self, lease: Lease) -> None:
         """Stop extending the lease."""
         with self._lock:
             self._leases.discard(lease)
 
+    @property
+    def leases(self) -> list[Lease]:
+        """What is held now."""
+        with self._lock:
+            return list(self._leases)
+
     def _run(self) -> None:
         step = min(self._every, self._report) / 2
         next_extension = time.monotonic() + self._every
-        reported = given_up = False
+        reported = False
         while not self._stop.wait(step):
             now = time.monotonic()
             blocked = now - self._alive
@@ -79,9 +92,9 @@ class Keeper:
                 next_extension = now + self._every
                 if blocked < self._limit:
                     self._extend()
-                    given_up = False
-                elif not given_up:
-                    given_up = True
+                    self.given_up = False
+                elif not self.given_up:
+                    self.given_up = True
                     log.error("the event loop has been blocked for %.0f s: its leases are given up", blocked)
             try:
                 self._loop.call_soon_threadsafe(self._mark)
@@ -92,9 +105,7 @@ class Keeper:
         self._alive = time.monotonic()
 
     def _extend(self) -> None:
-        with self._lock:
-            leases = list(self._leases)
-        for lease in leases:
+        for lease in self.leases:
             try:
                 lease.extend()
             except Exception:

@@ -6,7 +6,6 @@ import logging
 import math
 import time
 import traceback
-import uuid
 from collections.abc import Iterator
 from typing import Any, cast
 
@@ -16,11 +15,12 @@ from msgspec import Struct
 
 from agentrun import wire
 from agentrun.agent import Agent, Context
-from agentrun.broker import Broker, Kind, Pending, Record, Tail
+from agentrun.broker import Broker, Kind, Lease, Pending, Tail
 from agentrun.cancel import Cause, Stop, StopSwitch
 from agentrun.errors import AuthorSignal, Fail, Fenced, Retry, SessionGone, Unavailable
 from agentrun.history import History, TurnView
 from agentrun.inbox import Inbox
+from agentrun.peers import new_lease
 from agentrun.plan import settles, terminal_fields
 from agentrun.publish import Pacer, Publisher
 from agentrun.settings import WorkerSettings
@@ -70,23 +70,23 @@ class Attempt:
     Args:
         shared: The worker's.
         agent: Whom the turn is for.
-        session: The session's id.
-        carrier: The leased input: the turn's request, or what woke it up again.
+        lease: The lease of the input that carries it: the turn's request, or what woke it up again.
         history: The session, folded to the end that ``tail`` names.
         turn: The turn, of ``history``.
         tail: The session's end.
     """
 
     def __init__(
-        self, shared: Shared, agent: Agent, session: str, carrier: Record, history: History, turn: TurnView, tail: Tail
+        self, shared: Shared, agent: Agent, lease: Lease, history: History, turn: TurnView, tail: Tail
     ) -> None:
         assert turn.request is not None
         self._shared = shared
         self._settings = shared.settings
         self._capabilities = shared.broker.capabilities
         self._agent = agent
-        self._session = session
-        self._carrier = carrier
+        self._session = lease.session
+        self._carrier = lease.record
+        self._lease = new_lease(lease.token)
         self._history = history
         self._view = turn
         self._request = turn.request
@@ -94,7 +94,7 @@ class Attempt:
         self._partial = turn.message if turn.message.parts and not turn.incomplete else None
         self._resumes = agent.resume and self._partial is not None
         self._switch = StopSwitch()
-        self._inbox = Inbox(history, turn, carrier.offset, self._switch)
+        self._inbox = Inbox(history, turn, lease.record.offset, self._switch)
         self._done = anyio.Event()
         self._open = False
         self._failure: Exception | None = None
@@ -160,7 +160,7 @@ class Attempt:
             turn=self.turn,
             attempt=self._number,
             worker=self._shared.worker,
-            lease=uuid.uuid4().hex,
+            lease=self._lease,
             resumes_from=self._view.last_out if self._resumes else None,
             message=self._partial,
         )

@@ -13,7 +13,9 @@ class WorkerSettings(Struct, frozen=True, kw_only=True):
     concurrency: int = 50
     """Turns of one agent that run at once in this process."""
     lease: float = 30.0
-    """Time after which a dead worker's turn is given to another. A lease must outlast a broker failover."""
+    """Time after which a dead worker's turn is given to another, at the latest. It must outlast a broker failover."""
+    lost_after: float = 2.5
+    """Silence after which workers take another one for dead and hand its turns over; 0: only the lease counts."""
     drain: float = 60.0
     """Time running turns get to end after SIGTERM; what is left is handed back, uncharged."""
     max_attempts: int = 5

@@ -318,6 +318,16 @@ class TurnReleased(_Out, tag="turn.released", kw_only=True):
     usage: Usage | None = None
 
 
+class TurnLost(_Out, tag="turn.lost", kw_only=True):
+    """The worker that ran this attempt was found dead by another one, ``by``: the turn is to be taken over now.
+
+    Should it be alive after all, it is fenced off from this record on.
+    """
+
+    worker: str
+    by: str
+
+
 class TurnCheckpoint(_Out, tag="turn.checkpoint", kw_only=True):
     """The message so far, kept because the deltas before it may expire before the turn ends."""
 
@@ -426,6 +436,7 @@ OutputEvent = (
     | TurnResumed
     | TurnRetrying
     | TurnReleased
+    | TurnLost
     | TurnCheckpoint
     | SteerConsumed
     | InputRejected

@@ -17,11 +17,12 @@ from msgspec import Struct
 
 from agentrun import wire
 from agentrun.agent import Agent
-from agentrun.broker import Broker, Kind, Lease, Record, Tail
+from agentrun.broker import Broker, Hold, Kind, Lease, Record, Tail
 from agentrun.cancel import Cause, Stop
 from agentrun.errors import BrokerError, Conflict, InvalidInput, SessionGone, Unavailable
 from agentrun.history import History
 from agentrun.keeper import Keeper
+from agentrun.peers import Peers
 from agentrun.plan import Drop, HandBack, Run, Write, decide, input_of
 from agentrun.publish import Pacer
 from agentrun.run import Attempt, HandedBack, Lost, Shared
@@ -179,6 +180,8 @@ class Worker:
                     self._broker.signals.listen(WORKERS, self._report),
                     anyio.create_task_group() as turns,
                 ):
+                    if self.settings.lost_after > 0:
+                        turns.start_soon(self._peers(keeper).run)
                     shared = Shared(self._broker, self.name, self.settings, pacer, agents)
                     for agent in self._agents.values():
                         turns.start_soon(self._lease_for, agent, shared, keeper, turns)
@@ -188,6 +191,23 @@ class Worker:
                     await self._empty()
                     turns.cancel_scope.cancel()
             agents.cancel_scope.cancel()
+
+    def _peers(self, keeper: Keeper) -> Peers:
+        turns = self._broker.turns
+
+        def holds() -> list[Hold]:
+            leases = [Hold(x.record.agent or "", x.session, x.record.offset, x.token) for x in keeper.leases]
+            return [*leases, *turns.early()]
+
+        peers = Peers(
+            self._broker,
+            self.name,
+            lost_after=self.settings.lost_after,
+            holds=holds,
+            alive=lambda: not keeper.given_up,
+        )
+        keeper.on_hold = peers.poke
+        return peers
 
     async def _report(self, body: bytes) -> bytes:
         return msgspec.json.encode(self.info)
@@ -317,7 +337,7 @@ class Worker:
                         return
                     case Run(turn):
                         agent = self._agents[turn.agent]
-                        attempt = Attempt(shared, agent, lease.session, lease.record, history, turn, tail)
+                        attempt = Attempt(shared, agent, lease, history, turn, tail)
                         attempts.append(attempt)
                         await self._attempt(attempt, agent.name, carrier)
                         return

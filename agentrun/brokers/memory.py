@@ -2,24 +2,25 @@
 
 State is shared by name: a client and a worker that each open ``MemoryBroker("demo")`` (``memory://demo``) in one
 process meet. What a name holds stays until the process ends. All users of one state must run in one event loop; only
-`Lease.extend` may be called from other threads.
+`Lease.extend` and `Signals.announce` may be called from other threads.
 
 The parts (`MemoryState`, `MemoryLog`, `MemoryQueue`, `MemorySignals`) are public so that tests can replace one.
 """
 
 from __future__ import annotations
 
+import asyncio
 import itertools
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import asynccontextmanager, suppress
 from typing import Self
 
 import anyio
-from anyio.abc import ObjectSendStream
+from anyio.abc import ObjectReceiveStream, ObjectSendStream
 from anyio.lowlevel import checkpoint
 
-from agentrun.broker import HANDLER_GRACE, Capabilities, Handler, Kind, Pending, QueueStats, Record, Tail
-from agentrun.brokers.memory_state import AgentQueue, Append, MemoryLease, MemoryState
+from agentrun.broker import HANDLER_GRACE, Capabilities, Handler, Hold, Kind, Pending, QueueStats, Record, Tail
+from agentrun.brokers.memory_state import AgentQueue, Append, Listener, MemoryLease, MemoryState
 from agentrun.errors import (
     InvalidInput,
     Misconfigured,
@@ -62,6 +63,15 @@ class MemoryQueue:
                     await self.state.agent(agent).bell.wait()
             return found
         return None
+
+    def early(self) -> Sequence[Hold]:
+        """Nothing: the state itself knows what is not ready."""
+        return ()
+
+    async def hand_back(self, hold: Hold) -> None:
+        """See `TurnQueue.hand_back`."""
+        await checkpoint()
+        self.state.hand_back(hold)
 
 
 class _Follower:
@@ -163,8 +173,11 @@ class MemorySignals:
     @asynccontextmanager
     async def listen(self, channel: str, handler: Handler) -> AsyncGenerator[None]:
         """See `Signals.listen`."""
-        async with anyio.create_task_group() as tasks:
-            entry = (tasks, handler)
+        told, hear = anyio.create_memory_object_stream[bytes](float("inf"))
+        async with told, anyio.create_task_group() as tasks:
+            tasks.start_soon(_hear, hear, handler)
+            entry = Listener(tasks, handler, told)
+            self.state.loop = asyncio.get_running_loop()
             self.state.listeners.setdefault(channel, []).append(entry)
             try:
                 await checkpoint()
@@ -173,6 +186,7 @@ class MemorySignals:
                 self.state.listeners[channel].remove(entry)
                 if not self.state.listeners[channel]:
                     del self.state.listeners[channel]
+                told.close()
                 tasks.cancel_scope.deadline = anyio.current_time() + HANDLER_GRACE
 
     async def request(self, channel: str, body: bytes, *, timeout: float) -> bytes:
@@ -197,12 +211,24 @@ class MemorySignals:
                     found.append(reply)  # noqa: PERF401 - what came before the time was up must be kept
         return found
 
+    def announce(self, channel: str, body: bytes) -> None:
+        """See `Signals.announce`."""
+
+        def tell() -> None:
+            for listener in self.state.listeners.get(channel, ()):
+                with suppress(anyio.BrokenResourceError):  # it is just leaving
+                    listener.told.send_nowait(body)
+
+        if self.state.loop is not None:
+            with suppress(RuntimeError):  # the loop was closed: nobody listens any more
+                self.state.loop.call_soon_threadsafe(tell)
+
     @asynccontextmanager
     async def _ask(self, channel: str, body: bytes) -> AsyncGenerator[AsyncIterator[bytes]]:
         send, receive = anyio.create_memory_object_stream[bytes](float("inf"))
         with send, receive:
-            for tasks, handler in self.state.listeners.get(channel, ()):
-                tasks.start_soon(_answer, handler, body, send.clone())
+            for listener in self.state.listeners.get(channel, ()):
+                listener.tasks.start_soon(_answer, listener.handler, body, send.clone())
             send.close()
             yield receive
 
@@ -213,6 +239,12 @@ async def _answer(handler: Handler, body: bytes, replies: ObjectSendStream[bytes
         if reply is not None:
             with suppress(anyio.BrokenResourceError):  # whoever asked has gone, with its answer or without
                 await replies.send(reply)
+
+
+async def _hear(told: ObjectReceiveStream[bytes], handler: Handler) -> None:
+    async with told:
+        async for body in told:
+            await handler(body)
 
 
 _named: dict[str, MemoryState] = {}

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import threading
 import time
+import uuid
 from bisect import bisect_right
 from collections.abc import Callable
 from typing import NamedTuple
@@ -11,11 +13,12 @@ from typing import NamedTuple
 import anyio
 from anyio.abc import TaskGroup
 from anyio.lowlevel import checkpoint
+from anyio.streams.memory import MemoryObjectSendStream
 
-from agentrun.broker import Capabilities, Handler, Kind, Pending, Record, Tail
+from agentrun.broker import Capabilities, Handler, Hold, Kind, Pending, Record, Tail
 from agentrun.errors import Conflict, Duplicate
 
-__all__ = ["AgentQueue", "Append", "MemoryLease", "MemoryState", "StoredSession"]
+__all__ = ["AgentQueue", "Append", "Listener", "MemoryLease", "MemoryState", "StoredSession"]
 
 _RELOOK = 1.0
 """Seconds after which a waiting lease looks again in any case: a test's clock may have been moved."""
@@ -134,6 +137,14 @@ class AgentQueue:
         self.bell = Bell()
 
 
+class Listener(NamedTuple):
+    """Somebody who listens on a channel: how requests are handled, and where announcements go."""
+
+    tasks: TaskGroup
+    handler: Handler
+    told: MemoryObjectSendStream[bytes]
+
+
 class MemoryState:
     """What the connections of one broker share: the part that is a server elsewhere.
 
@@ -168,7 +179,9 @@ class MemoryState:
         """Guards leases, which other threads extend."""
         self.answers: dict[object, Tail] = {}
         self.sessions: dict[str, StoredSession] = {}
-        self.listeners: dict[str, list[tuple[TaskGroup, Handler]]] = {}
+        self.listeners: dict[str, list[Listener]] = {}
+        self.loop: asyncio.AbstractEventLoop | None = None
+        """Where the listeners are, for announcements from other threads."""
         self._agents: dict[str, AgentQueue] = {}
         self._sequence = 0
 
@@ -294,6 +307,12 @@ class MemoryState:
             return max(item.due, holder.due)
         return item.due
 
+    def hand_back(self, hold: Hold) -> None:
+        """Put back what somebody holds, whoever it is by now."""
+        item = self.agent(hold.agent).items.get((hold.session, hold.offset))
+        if item is not None and item.lease is not None:
+            self.settle(item, again_at=self.clock())
+
     def settle(self, item: QueuedInput, *, again_at: float | None) -> None:
         """Take a leased input out of its queue, or put it back to be leased from a time on."""
         with self.lock:
@@ -316,6 +335,7 @@ class MemoryLease:
         self.record = item.record
         self.tail = tail
         self.ttl = ttl
+        self.token = uuid.uuid4().hex
         self._state = state
         self._item = item
 

@@ -70,7 +70,7 @@ class NatsBroker:
         self._beats = Heartbeats(options)
         self._turns = NatsQueue(self._core, reader, self._beats)
         self._log = NatsLog(self._core, reader)
-        self._signals = NatsSignals(self._core)
+        self._signals = NatsSignals(self._core, self._beats)
         self._admin = NatsAdmin(self._core, streams or Streams())
 
     @property

@@ -1,4 +1,4 @@
-"""Heartbeats for leases, from a thread of their own: they go out even while the event loop is blocked by an agent."""
+"""What goes out even while an agent blocks the event loop, from a thread of its own: heartbeats and announcements."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ IN_PROGRESS = b"+WPI"
 
 
 class Heartbeats:
-    """Publishes heartbeats over its own connection, in its own thread, started with the first lease."""
+    """Publishes over its own connection, in its own thread, started with the first queue that is opened."""
 
     def __init__(self, options: LinkOptions) -> None:
         self._options = options
         self._thread: threading.Thread | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._queue: asyncio.Queue[str | None] | None = None
+        self._queue: asyncio.Queue[tuple[str, bytes] | None] | None = None
         self._ready = threading.Event()
         self._stopping = False
 
@@ -33,10 +33,14 @@ class Heartbeats:
             self._thread.start()
 
     def beat(self, subject: str) -> None:
-        """Send a heartbeat; any thread, never blocks, best effort."""
-        self._put(subject)
+        """Extend the lease of this ack subject; any thread, never blocks, best effort."""
+        self.publish(subject, IN_PROGRESS)
 
-    def _put(self, item: str | None) -> None:
+    def publish(self, subject: str, body: bytes) -> None:
+        """Publish; any thread, never blocks, best effort: while there is no connection, nothing is kept."""
+        self._put((subject, body))
+
+    def _put(self, item: tuple[str, bytes] | None) -> None:
         loop, queue = self._loop, self._queue
         if loop is None or queue is None:
             return
@@ -78,8 +82,8 @@ class Heartbeats:
                     return
                 link = Link(self._options, "heartbeats")
         try:
-            while (subject := await self._queue.get()) is not None:
+            while (item := await self._queue.get()) is not None:
                 with suppress(NotConnected):
-                    await link.publish(subject, IN_PROGRESS)
+                    await link.publish(*item)
         finally:
             await link.close()

@@ -12,7 +12,7 @@ from typing import Literal, NamedTuple, Self
 
 import anyio
 
-from agentrun.broker import Record, Tail
+from agentrun.broker import Hold, Record, Tail
 from agentrun.brokers.nats_beat import IN_PROGRESS
 from agentrun.brokers.nats_core import Core
 from agentrun.brokers.nats_layout import Route, Stored, session_of
@@ -80,6 +80,14 @@ class Holder:
         self._reader = reader
         self._offer = offer
         self._held: dict[str, _Held] = {}
+
+    def early(self) -> list[Hold]:
+        """What is held."""
+        return [
+            Hold(d.agent, d.session, d.record.offset, d.reply)
+            for held in list(self._held.values())  # copied at once: this is asked from another thread
+            for d in list(held.inputs.values())
+        ]
 
     async def judge(self, delivery: Delivery) -> None:
         """Offer it, hold it, or take it off the queue."""

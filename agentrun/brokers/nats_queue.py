@@ -12,7 +12,7 @@ import anyio
 import msgspec
 from msgspec import Struct
 
-from agentrun.broker import Record, Tail
+from agentrun.broker import Hold, Record, Tail
 from agentrun.brokers.nats_beat import Heartbeats
 from agentrun.brokers.nats_core import Core
 from agentrun.brokers.nats_hold import NACK, Delivery, Holder
@@ -29,6 +29,8 @@ SIGN_OF_LIFE = 5.0
 """Seconds between the server's heartbeats on a waiting pull request."""
 SETTLE = 5.0
 """Seconds an ack or nack is tried for."""
+
+ACK_PREFIX = "$JS.ACK."
 
 _NO_CONSUMER = 10014
 _NS = 1_000_000_000
@@ -68,6 +70,11 @@ class NatsLease:
         """See `Lease.tail`."""
         return self._tail
 
+    @property
+    def token(self) -> str:
+        """See `Lease.token`: the delivery's ack subject."""
+        return self._delivery.reply
+
     def extend(self) -> None:
         """See `Lease.extend`."""
         self._queue.beats.beat(self._delivery.reply)
@@ -79,7 +86,7 @@ class NatsLease:
     async def nack(self, *, delay: float = 0.0) -> None:
         """See `Lease.nack`."""
         body = NACK if delay <= 0 else b'-NAK {"delay": %d}' % int(delay * _NS)
-        await self._queue.hand_back(self._delivery.reply, body)
+        await self._queue.refuse(self._delivery.reply, body)
 
 
 class _Waiter:
@@ -337,7 +344,17 @@ class NatsQueue:
         """
         await self._core.queue.ask(subject, b"+ACK", patience=SETTLE)
 
-    async def hand_back(self, subject: str, body: bytes) -> None:
+    def early(self) -> list[Hold]:
+        """See `TurnQueue.early`."""
+        return self._holder.early()
+
+    async def hand_back(self, hold: Hold) -> None:
+        """See `TurnQueue.hand_back`. The server honours this for any delivery of the input, an older one too."""
+        if not hold.token.startswith(ACK_PREFIX):
+            raise InvalidInput(f"not a token of this queue: {hold.token[:100]!r}")
+        await self.refuse(hold.token, NACK)
+
+    async def refuse(self, subject: str, body: bytes) -> None:
         """Give an input back.
 
         Raises:

@@ -8,6 +8,7 @@ from contextlib import asynccontextmanager, suppress
 import anyio
 
 from agentrun.broker import HANDLER_GRACE, Handler
+from agentrun.brokers.nats_beat import Heartbeats
 from agentrun.brokers.nats_core import Core
 from agentrun.brokers.nats_link import Msg, NotConnected, log, status
 from agentrun.errors import NoListener, TooLarge, Unavailable
@@ -17,8 +18,9 @@ from agentrun.wire import check_id
 class NatsSignals:
     """`agentrun.broker.Signals` on core NATS."""
 
-    def __init__(self, core: Core) -> None:
+    def __init__(self, core: Core, beats: Heartbeats) -> None:
         self._core = core
+        self._beats = beats
 
     def _subject(self, channel: str) -> str:
         for part in channel.split("."):
@@ -84,3 +86,7 @@ class NatsSignals:
         except NotConnected:
             raise Unavailable(self._core.queue.gone) from None
         return [msg.data for msg in replies]
+
+    def announce(self, channel: str, body: bytes) -> None:
+        """See `Signals.announce`. Sent once a queue of this connection is open."""
+        self._beats.publish(self._subject(channel), body)

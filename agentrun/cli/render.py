@@ -206,6 +206,8 @@ class Renderer:
                 self._screen.line(f"failed: {data.error.message}; tried again in {data.after:g} s")
             case wire.TurnReleased():
                 self._screen.line(f"worker {view.worker} hands the turn over ({data.reason})")
+            case wire.TurnLost():
+                self._screen.line(f"worker {data.worker} has been silent; its turn is handed over")
             case wire.TurnSuspended():
                 self._screen.line("suspended until answered")
             case _:

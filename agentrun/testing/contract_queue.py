@@ -1,4 +1,4 @@
-"""Checks of the queue's leases: Q1 and Q3 to Q8, and what an operator does."""
+"""Checks of the queue's leases: Q1 and Q3 to Q9, and what an operator does."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from functools import partial
 
 import anyio
 
-from agentrun.broker import Broker, BrokerAdmin, Kind
-from agentrun.errors import Misconfigured
+from agentrun.broker import Broker, BrokerAdmin, Hold, Kind
+from agentrun.errors import Fenced, Misconfigured
 from agentrun.testing.contract_base import Check, Environment, Settings, check, expect
 from agentrun.testing.contract_players import (
     AGENT,
@@ -214,6 +214,45 @@ async def _prompt(broker: Broker, session: str, offset: int, act: Callable[[], A
         await anyio.sleep(0.15)
         acted = anyio.current_time()
         await act()
+
+
+@check(CHECKS, "Q9", Settings(lease_ttl=30.0))
+async def dead_holder_s_input_is_handed_back(env: Environment) -> None:
+    """What a connection holds, leased or early, is given out again at once when another one hands it back."""
+    async with connections(env, 1) as (dead,):
+        for _ in range(2):
+            await send(dead, "s")
+        lease = await must_take(dead, "s", 1)
+        zombie = await Owner(dead, lease).start()
+        with anyio.move_on_after(QUIET):
+            await dead.turns.lease(AGENT, wait=QUIET)  # the second one may be given to it, to be kept
+        early = list(dead.turns.early())
+        expect({(h.session, h.offset) for h in early} <= {("s", 2)}, f"only the second input may be kept: {early}")
+        async with connections(env, 1) as (peer,):
+            end = await peer.log.last("s")
+            await peer.log.append("s", b"lost", kind=Kind.EVENT, after=end, pending=end.pending.release())
+            for hold in (Hold(AGENT, "s", 1, lease.token), *early):
+                await peer.turns.hand_back(hold)
+            owner = await own(peer, "s", 1)
+            try:
+                await zombie.append(b"late")
+            except Fenced:
+                pass
+            else:
+                expect(False, "who was handed over is fenced off")
+            await owner.finish()
+            await (await own(peer, "s", 2)).finish()
+
+
+@check(CHECKS, "Q9")
+async def settled_input_is_not_handed_back(env: Environment) -> None:
+    """Handing back what was settled since changes nothing."""
+    async with connections(env, 2) as (one, two):
+        await send(one, "s")
+        lease = await must_take(one, "s", 1)
+        await (await Owner(one, lease).start()).finish()
+        await two.turns.hand_back(Hold(AGENT, "s", 1, lease.token))
+        await must_not_take(two, "the turn is settled")
 
 
 @check(CHECKS, "Q1", Settings(lease_ttl=3.0))

@@ -1,12 +1,13 @@
-"""Checks of live requests: S1 to S4."""
+"""Checks of live requests and announcements: S1 to S5."""
 
 from __future__ import annotations
 
 import anyio
+import anyio.to_thread
 
 from agentrun.errors import NoListener, Unavailable
 from agentrun.testing.contract_base import Check, Environment, check, expect
-from agentrun.testing.contract_players import PROMPT, connections
+from agentrun.testing.contract_players import PROMPT, connections, until
 
 CHECKS: list[Check] = []
 
@@ -162,3 +163,27 @@ async def handler_may_still_answer(env: Environment) -> None:
             pass
         else:
             expect(False, "nobody listens any more")
+
+
+@check(CHECKS, "S5")
+async def announcement_reaches_all(env: Environment) -> None:
+    """What is announced, from whatever thread, is heard by every listener, in order."""
+    async with connections(env, 3) as (one, two, three):
+        listeners = [_Listener(None), _Listener(b"a reply nobody waits for")]
+        async with two.signals.listen("c", listeners[0]), three.signals.listen("c", listeners[1]):
+
+            async def heard(what: bytes) -> bool:
+                return all(what in listener.heard for listener in listeners)
+
+            async def first() -> bool:
+                one.signals.announce("c", b"first")  # a connection made for it may just begin: best effort
+                await anyio.sleep(0.01)
+                return await heard(b"first")
+
+            expect(await until(first), f"an announcement must be heard: {[x.heard for x in listeners]}")
+            said = [b"%d" % number for number in range(100)]
+            await anyio.to_thread.run_sync(lambda: [one.signals.announce("c", body) for body in said])
+            await until(lambda: heard(said[-1]))
+            for listener in listeners:
+                found = [body for body in listener.heard if body != b"first"]
+                expect(found == said, f"announcements must come in order, each once: {found}")

@@ -25,7 +25,7 @@ import anyio
 from anyio.lowlevel import checkpoint
 from msgspec import Struct
 
-from agentrun.broker import Broker, Capabilities, Handler, Kind, Lease, Pending, Record, Tail
+from agentrun.broker import Broker, Capabilities, Handler, Hold, Kind, Lease, Pending, Record, Tail
 from agentrun.errors import Unavailable
 
 __all__ = ["Faults", "FaultyBroker", "When"]
@@ -262,6 +262,13 @@ class _FaultyQueue:
             self._again[agent] = [lease]
         return _FaultyLease(lease, self._dice, self._line)
 
+    def early(self) -> Sequence[Hold]:
+        return self._inner.turns.early()
+
+    async def hand_back(self, hold: Hold) -> None:
+        await self._line.use()
+        await self._inner.turns.hand_back(hold)
+
 
 class _FaultyLease:
     def __init__(self, inner: Lease, dice: _Dice, line: _Line) -> None:
@@ -280,6 +287,10 @@ class _FaultyLease:
     @property
     def tail(self) -> Tail:
         return self._inner.tail
+
+    @property
+    def token(self) -> str:
+        return self._inner.token
 
     def extend(self) -> None:
         if self._line.connected and not self._dice.hits("lose_extend"):
@@ -318,3 +329,7 @@ class _FaultySignals:
     async def gather(self, channel: str, body: bytes, *, wait: float) -> list[bytes]:
         await self._line.use()
         return await self._inner.signals.gather(channel, body, wait=wait)
+
+    def announce(self, channel: str, body: bytes) -> None:
+        if self._line.connected:
+            self._inner.signals.announce(channel, body)

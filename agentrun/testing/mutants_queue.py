@@ -10,7 +10,7 @@ from contextlib import asynccontextmanager
 import anyio
 from anyio.lowlevel import checkpoint
 
-from agentrun.broker import Handler
+from agentrun.broker import Handler, Hold
 from agentrun.brokers.memory import MemoryQueue, MemorySignals
 from agentrun.brokers.memory_state import MemoryLease, MemoryState, QueuedInput, StoredSession
 from agentrun.testing.mutants_base import Mutant, Parts, mutant
@@ -168,6 +168,15 @@ class SleepsWhileItWaits(Parts):
             return None
 
 
+@mutant(MUTANTS, "Q9_dead_holder_s_input_is_handed_back")
+class KeepsWhatIsHandedBack(Parts):
+    """Lets the dead holder's lease run out instead."""
+
+    class Turns(MemoryQueue):
+        async def hand_back(self, hold: Hold) -> None:
+            await checkpoint()
+
+
 @mutant(MUTANTS, "S1_every_listener_is_reached")
 class ReachesOneListener(Parts):
     """Gives a request to one listener, as a queue would."""
@@ -176,7 +185,7 @@ class ReachesOneListener(Parts):
         @asynccontextmanager
         async def listen(self, channel: str, handler: Handler) -> AsyncGenerator[None]:
             async def only_the_first(body: bytes) -> bytes | None:
-                mine = self.state.listeners[channel][0][1] is only_the_first
+                mine = self.state.listeners[channel][0].handler is only_the_first
                 return await handler(body) if mine else None
 
             async with super().listen(channel, only_the_first):
@@ -216,6 +225,17 @@ class CutsHandlersOff(Parts):
         @asynccontextmanager
         async def listen(self, channel: str, handler: Handler) -> AsyncGenerator[None]:
             async with super().listen(channel, handler):
-                tasks = self.state.listeners[channel][-1][0]
+                tasks = self.state.listeners[channel][-1].tasks
                 yield
                 tasks.cancel_scope.cancel()
+
+
+@mutant(MUTANTS, "S5_announcement_reaches_all")
+class AnnouncesToOne(Parts):
+    """Tells only who came first."""
+
+    class Signals(MemorySignals):
+        def announce(self, channel: str, body: bytes) -> None:
+            first = self.state.listeners[channel][0]
+            assert self.state.loop is not None
+            self.state.loop.call_soon_threadsafe(first.told.send_nowait, body)

@@ -186,3 +186,31 @@ def test_p7_a_workers_death_costs_seconds_not_the_answer(cli: Cli, session: str)
     assert "worker first died; second goes on (attempt 2)" in result.err
     goes_on = next(e for e in cli.log(session) if isinstance(e.data, TurnStarted) and e.data.attempt == 2)
     assert goes_on.time - died < TAKEOVER
+
+
+def test_p7_however_long_the_lease_is(cli: Cli, session: str) -> None:
+    long = ("--lease", "60", "--lost-after", "3")
+    workers = {name: cli.worker(name, *long) for name in ("first", "second", "third")}
+    sending = cli.start("send", session, "count 200 50", "--id", "t1")
+    sending.until("w10 ")
+    cli.send(session, "count 3 1", "t2")  # kept by whoever got it, perhaps the one that dies
+    runner = next(e.data.worker for e in cli.log(session) if isinstance(e.data, TurnStarted))
+    died = time.time()
+    workers[runner].signal(signal.SIGKILL)
+    result = sending.wait(50)
+    assert result.out.split() == words(200)
+    assert cli.result(session, "t2").text.split() == words(3)
+    events = cli.log(session)
+    [lost] = [e for e in events if e.type == "turn.lost"]
+    assert (lost.turn, lost.data.worker) == ("t1", runner)
+    goes_on = next(e for e in events if isinstance(e.data, TurnStarted) and e.data.attempt == 2)
+    assert goes_on.time - died < 30, "it waited for the lease"
+    assert terminals(events) == {"t1": 1, "t2": 1}
+
+
+def test_p7_a_blocked_worker_is_not_a_dead_one(cli: Cli, session: str) -> None:
+    for name in ("first", "second"):
+        cli.worker(name, "--lease", "60", "--lost-after", "2", agent="tests.e2e.agents:blocks")
+    cli.ask(lambda client: client.session(session, agent="blocks").send("7", id="t1"))
+    assert cli.result(session, "t1", timeout=40).text == "blocked"
+    assert [e.type for e in cli.log(session)].count("turn.started") == 1

@@ -12,7 +12,7 @@ Log = list[tuple[int, wire.AnyEvent]]
 CONTENT = ("text", "text", "text", "reasoning", "tool", "progress", "result", "data", "transient", "source", "file")
 STREAMED = ("tool_input", "named_data")
 OTHER = ("checkpoint", "ask", "steer", "send", "stop", "stop_queued", "unknown")
-ENDINGS = ("crash", "released", "retrying", "suspended", "completed", "cancelled", "failed", "expired")
+ENDINGS = ("crash", "lost", "released", "retrying", "suspended", "completed", "cancelled", "failed", "expired")
 
 DELTAS = (wire.TextDelta, wire.ReasoningDelta, wire.ToolInputDelta, wire.ToolProgress)
 
@@ -138,6 +138,8 @@ class _Session:
         match ending:
             case "crash":
                 return
+            case "lost":
+                self.out(wire.TurnLost(worker="w1", by="w2"), view)
             case "released":
                 self.out(wire.TurnReleased(), view)
             case "retrying":
@@ -166,6 +168,6 @@ def sessions(draw: st.DrawFn, ops: tuple[str, ...] = CONTENT + STREAMED + OTHER)
             session.attempt(view)
             if view.attempt == 1 and draw(st.integers(0, 9)) == 0:
                 return session.log
-            endings = ENDINGS if view.attempt < 4 else ENDINGS[4:]
+            endings = ENDINGS if view.attempt < 4 else ENDINGS[5:]
             session.end(view, draw(st.sampled_from(endings)))
     return session.log

@@ -158,6 +158,10 @@ GOLDEN: list[tuple[wire.KnownEvent, str]] = [
         '{"type":"turn.released","turn":"t","attempt":1,"reason":"move","usage":@U}',
     ),
     (
+        wire.TurnLost(**TA, worker="w1", by="w2"),
+        '{"type":"turn.lost","turn":"t","attempt":1,"worker":"w1","by":"w2"}',
+    ),
+    (
         wire.TurnCheckpoint(**TA, message=M),
         '{"type":"turn.checkpoint","turn":"t","attempt":1,"message":@M}',
     ),

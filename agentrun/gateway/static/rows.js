@@ -217,6 +217,7 @@ const DESCRIBED = {
   'turn.resumed': ['Took the answer', 'start', (e) => `of ${e.answer}`],
   'turn.retrying': ['Retry', 'warn', (e) => `${short(e.error?.message ?? '', EXCERPT)} · again in ${e.after ?? 0} s`],
   'turn.released': ['Handed over', 'warn', (e) => e.reason ?? 'drain'],
+  'turn.lost': ['Lost', 'warn', (e) => `${e.worker} is silent, says ${e.by}`],
   'turn.checkpoint': ['Checkpoint', 'plain', () => 'the message so far'],
   'steer.consumed': ['Took in', 'start', (e) => `what was sent at ${e.offset}`],
   'input.rejected': ['Rejected', 'stop', (e) => `the input at ${e.offset}: ${e.reason}`],

@@ -27,6 +27,7 @@ const REQUIRED = {
   'turn.resumed': { request: 's', answer: 'n' },
   'turn.retrying': { error: 'o' },
   'turn.released': {},
+  'turn.lost': { worker: 's', by: 's' },
   'turn.checkpoint': { message: 'o' },
   'steer.consumed': { steer: 's', offset: 'n' },
   'input.rejected': { offset: 'n', code: 's', reason: 's' },
@@ -172,6 +173,8 @@ export class TurnView {
         this.error = event.error
         this.notices.push(`Attempt ${event.attempt ?? 0} failed: ${event.error.message ?? ''}`)
         this.retry_at = time + (event.after ?? 0)
+        break
+      case 'turn.lost':
         break
       case 'turn.released':
         this.#pause('queued', event.usage, false)

@@ -1,0 +1,334 @@
+"""Workers that look after each other: a dead one's turns move in seconds, however long the lease is (design.md, D22).
+
+Each worker announces itself, and what it holds, several times a second, from a thread of its own. One that has gone
+silent is taken for dead by its peers; one of them writes `turn.lost` into the log of each turn that it was running, by
+which it is fenced off, and hands what it held back to the queue. A wrong guess costs an attempt and nothing else.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import logging
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterable
+from types import TracebackType
+from typing import Self
+
+import anyio
+import msgspec
+from msgspec import Struct
+
+from agentrun import wire
+from agentrun.broker import Broker, Hold, Kind, Record, Tail
+from agentrun.errors import BrokerError, Conflict
+
+log = logging.getLogger("agentrun.worker")
+
+PEERS = "peers"
+"""The signal channel of announcements."""
+
+_BEATS = 5
+"""Announcements in the time after which a silent worker is taken for dead."""
+_WHOLE = 20
+"""Announcements after which one repeats all that is held, should one of changes have been lost."""
+_RANKS = 4
+"""Peers that try, one after the other, should the first be dying too; past them there is the lease."""
+_TRIES = 5
+_AT_ONCE = 8
+_PAGE = 1000
+
+
+class Announcement(Struct, frozen=True, omit_defaults=True):
+    """What a worker says: that it is there, and what has changed of what it holds."""
+
+    id: str
+    """Of this process's worker; names may be used again."""
+    worker: str
+    new: list[Hold] = []
+    done: list[str] = []
+    """Tokens."""
+    whole: bool = False
+    """Whether ``new`` is all that is held."""
+    leaves: bool = False
+
+
+_decoder = msgspec.json.Decoder(Announcement)
+
+
+class Presence:
+    """Announces a worker from a thread of its own, whatever the event loop does.
+
+    Args:
+        announce: Publishes; any thread, never blocks.
+        worker: The worker's name.
+        every: Seconds between two announcements; what is new is announced at once after `poke`.
+        holds: What the worker holds now; called from the thread.
+        alive: Whether it still works; while it does not, nothing is announced.
+    """
+
+    def __init__(
+        self,
+        announce: Callable[[bytes], None],
+        worker: str,
+        *,
+        every: float,
+        holds: Callable[[], Iterable[Hold]],
+        alive: Callable[[], bool],
+    ) -> None:
+        self.id = uuid.uuid4().hex[:16]
+        self._announce = announce
+        self._worker = worker
+        self._every = every
+        self._holds = holds
+        self._alive = alive
+        self._told: dict[str, Hold] = {}
+        self._until_whole = 0
+        self._poked = threading.Event()
+        self._stop = False
+
+    def __enter__(self) -> Self:
+        self._thread = threading.Thread(target=self._run, name="agentrun-presence", daemon=True)
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, exc_type: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None
+    ) -> None:
+        self._stop = True
+        self._poked.set()
+        self._thread.join()
+
+    def poke(self) -> None:
+        """Announce now what has changed."""
+        self._poked.set()
+
+    def tell_all(self) -> None:
+        """Let the next announcement name all that is held, not only what has changed."""
+        self._until_whole = 0
+
+    def _run(self) -> None:
+        while not self._stop:
+            if self._alive():
+                self._say()
+            self._poked.wait(self._every)
+            self._poked.clear()
+        self._say(leaves=True)
+
+    def _say(self, *, leaves: bool = False) -> None:
+        held = {hold.token: hold for hold in self._holds()}
+        whole = self._until_whole <= 0
+        self._until_whole = _WHOLE if whole else self._until_whole - 1
+        said = Announcement(
+            self.id,
+            self._worker,
+            new=[hold for token, hold in held.items() if whole or token not in self._told],
+            done=[] if whole else [token for token in self._told if token not in held],
+            whole=whole,
+            leaves=leaves,
+        )
+        self._told = held
+        self._announce(msgspec.json.encode(said))
+
+
+class _Peer:
+    """Another worker, as it announced itself."""
+
+    def __init__(self, said: Announcement) -> None:
+        self.id = said.id
+        self.worker = said.worker
+        self.holds: dict[str, Hold] = {}
+        self.heard = 0.0
+
+    def take(self, said: Announcement, now: float) -> None:
+        self.heard = now
+        if said.whole:
+            self.holds = {}
+        self.holds.update((hold.token, hold) for hold in said.new)
+        for token in said.done:
+            self.holds.pop(token, None)
+
+
+class Peers:
+    """Listens to the other workers, and hands back what dead ones held.
+
+    Silence counts only while this worker hears itself: who does not is cut off, or was stopped, and knows nothing of
+    others.
+
+    Args:
+        broker: The worker's.
+        worker: Its name, for the log.
+        lost_after: Seconds of silence.
+        holds: What this worker holds; called from another thread.
+        alive: Whether this worker still works; called from another thread.
+    """
+
+    def __init__(
+        self,
+        broker: Broker,
+        worker: str,
+        *,
+        lost_after: float,
+        holds: Callable[[], Iterable[Hold]],
+        alive: Callable[[], bool],
+    ) -> None:
+        self._broker = broker
+        self._worker = worker
+        self._lost_after = lost_after
+        self._presence = Presence(
+            functools.partial(broker.signals.announce, PEERS),
+            worker,
+            every=lost_after / _BEATS,
+            holds=holds,
+            alive=alive,
+        )
+        self._me = self._presence.id
+        self._peers: dict[str, _Peer] = {}
+        self._heard_me = 0.0
+        self._hearing_since = 0.0
+        self._slots = anyio.Semaphore(_AT_ONCE)
+
+    def poke(self) -> None:
+        """Announce at once what this worker has been given."""
+        self._presence.poke()
+
+    async def run(self) -> None:
+        """Be seen, and look after the others, for ever."""
+        with self._presence:
+            async with self._broker.signals.listen(PEERS, self._hear), anyio.create_task_group() as rescues:
+                while True:
+                    await anyio.sleep(self._lost_after / _BEATS / 2)
+                    for dead in self._silent(time.monotonic()):
+                        rescues.start_soon(self._rescue, dead)
+
+    async def _hear(self, body: bytes) -> None:
+        try:
+            said = _decoder.decode(body)
+        except msgspec.MsgspecError as error:
+            log.warning("an announcement that is not understood: %s", error)
+            return
+        now = time.monotonic()
+        if said.id == self._me:
+            if now - self._heard_me > self._lost_after / 2:
+                self._hearing_since = now
+            self._heard_me = now
+        elif said.leaves:
+            self._peers.pop(said.id, None)
+        else:
+            peer = self._peers.get(said.id)
+            if peer is None:
+                peer = self._peers[said.id] = _Peer(said)
+                self._presence.tell_all()  # it may be new, and know nothing of us
+            peer.take(said, now)
+
+    def _silent(self, now: float) -> list[_Peer]:
+        """Take out and return the peers that have been silent for too long."""
+        if now - self._heard_me > self._lost_after / 2:
+            return []
+        dead = [p for p in self._peers.values() if now - max(p.heard, self._hearing_since) > self._lost_after]
+        for peer in dead:
+            del self._peers[peer.id]
+        return dead
+
+    def _rank(self, dead: _Peer) -> int:
+        """This worker's place among those who may look after a dead one, the same as seen by all."""
+
+        def lot(id: str) -> bytes:
+            return hashlib.blake2b(f"{dead.id} {id}".encode(), digest_size=8).digest()
+
+        return sum(lot(other) < lot(self._me) for other in self._peers)
+
+    async def _rescue(self, dead: _Peer) -> None:
+        rank = self._rank(dead)
+        if not dead.holds or rank >= _RANKS:
+            return
+        await anyio.sleep(rank * self._lost_after / 4)
+        if dead.id in self._peers:
+            return  # it was only silent
+        log.warning(
+            "worker %s has been silent for %.1f s: handing over what it held, %d inputs",
+            dead.worker,
+            self._lost_after,
+            len(dead.holds),
+        )
+        async with anyio.create_task_group() as group:
+            for hold in dead.holds.values():
+                group.start_soon(self._hand_back, dead, hold)
+
+    async def _hand_back(self, dead: _Peer, hold: Hold) -> None:
+        try:
+            async with self._slots:
+                lost = await self._is_lost(dead, hold)
+            for _ in range(_TRIES if lost else 0):
+                async with self._slots:
+                    await self._broker.turns.hand_back(hold)
+                # It may be given to a worker that is dead as well: one that was stopped still waits at the queue.
+                await anyio.sleep(self._lost_after / 2)
+                async with self._slots:
+                    tail = await self._broker.log.last(hold.session)
+                if tail.pending.running or not tail.pending.ready(hold.offset):
+                    return
+        except BrokerError as error:
+            log.warning("session %s: %s; the lease of worker %s will run out", hold.session, error, dead.worker)
+
+    async def _is_lost(self, dead: _Peer, hold: Hold) -> bool:
+        """Whether the input is to be handed back; if the dead one was running it, that is in the log then."""
+        for _ in range(_TRIES):
+            tail = await self._broker.log.last(hold.session)
+            if hold.offset not in tail.pending:
+                return False
+            if not (tail.pending.running and tail.pending.ready(hold.offset)):
+                return True  # it was not begun
+            started = await self._started(hold)
+            if started is None or not is_lease(started.lease, hold.token):
+                return False  # somebody else has it
+            lost = wire.TurnLost(turn=started.turn, attempt=started.attempt, worker=dead.worker, by=self._worker)
+            try:
+                await self._broker.log.append(
+                    hold.session, wire.encode(lost), kind=Kind.EVENT, after=tail, pending=tail.pending.release()
+                )
+            except Conflict:
+                if dead.id in self._peers or await self._wrote_since(hold.session, tail):
+                    return False
+                continue
+            return True
+        return False
+
+    async def _started(self, hold: Hold) -> wire.TurnStarted | None:
+        """The last claim of the session."""
+        found: wire.TurnStarted | None = None
+        after = hold.offset
+        while True:
+            records = await self._broker.log.read(hold.session, after=after, deltas=False, limit=_PAGE)
+            for record in records:
+                event = _event(record)
+                found = event if isinstance(event, wire.TurnStarted) else found
+            if len(records) < _PAGE:
+                return found
+            after = records[-1].offset
+
+    async def _wrote_since(self, session: str, tail: Tail) -> bool:
+        """Whether an owner has appended behind this end: it is not dead, or another one has the session."""
+        records = await self._broker.log.read(session, after=tail.offset)
+        return any(not record.kind.input for record in records)
+
+
+def _event(record: Record) -> wire.AnyEvent | None:
+    return None if record.kind.input else wire.decode(record.body)
+
+
+def new_lease(token: str) -> str:
+    """What stands in the log for a lease that was taken: different each time, and told from the token by `is_lease`."""
+    return _digest(token) + uuid.uuid4().hex[:8]
+
+
+def is_lease(lease: str, token: str) -> bool:
+    """Whether `new_lease` made ``lease`` of this token."""
+    return lease.startswith(_digest(token))
+
+
+def _digest(token: str) -> str:
+    # The token itself is not for readers: with it the broker can be told to take the turn away.
+    return hashlib.blake2b(token.encode(), digest_size=12).hexdigest()
