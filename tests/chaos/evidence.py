@@ -24,7 +24,7 @@ class Note(Struct, frozen=True, kw_only=True, omit_defaults=True, tag_field="not
 
 
 class Began(Note):
-    """The run began. ``epoch``: the wall clock's seconds at ``at``, so that `Stored.stored` can be told on our clock."""
+    """The run began. ``epoch``: the wall clock's seconds at ``at``; by it `Stored.stored` is told on our clock."""
 
     seed: int
     epoch: float = field(default_factory=time.time)
