@@ -23,7 +23,7 @@ class Cable:
 
     def __init__(self, port: int) -> None:
         self.port = 0
-        self._target = port
+        self.target = port
         self._server: asyncio.Server | None = None
         self._ends: set[_End] = set()
         self._down = False
@@ -91,7 +91,7 @@ class Cable:
     async def _connect(self, near: _End) -> None:
         loop = asyncio.get_running_loop()
         try:
-            await loop.create_connection(lambda: _End(self, near), "127.0.0.1", self._target)
+            await loop.create_connection(lambda: _End(self, near), "127.0.0.1", self.target)
         except OSError:
             near.abort()
 
