@@ -23,6 +23,8 @@ class Plan(NamedTuple):
     target: str
     seconds: float
     act: Callable[[], Awaitable[None]]
+    lives: Sequence[str] = ()
+    """The processes that it befalls, as they are named in this life."""
 
 
 class Faults:
@@ -78,7 +80,8 @@ class Faults:
         if plan is None or plan.target in self._busy:
             return
         self._busy.add(plan.target)
-        self._book.note(Fault(kind=kind, target=plan.target, seconds=round(plan.seconds, 3)))
+        for target in plan.lives or (plan.target,):
+            self._book.note(Fault(kind=kind, target=target, seconds=round(plan.seconds, 3)))
         try:
             await plan.act()
         except AgentrunError as error:
@@ -103,7 +106,7 @@ class Faults:
             assert process is not None
             process.signal(number)
 
-        return Plan(process.name, 0.0, act) if process else None
+        return Plan(process.name, 0.0, act, [process.life]) if process else None
 
     def _kill(self) -> Plan | None:
         return self._signal(signal.SIGKILL)
@@ -116,7 +119,7 @@ class Faults:
             for worker in self._stage.workers:
                 worker.signal(signal.SIGKILL)
 
-        return Plan("all workers", 0.0, act)
+        return Plan("all workers", 0.0, act, [worker.life for worker in self._stage.workers])
 
     def _suspend(self) -> Plan | None:
         process = self._process(leaves_one=True)
@@ -131,7 +134,7 @@ class Faults:
             finally:
                 process.thaw()
 
-        return Plan(process.name, seconds, act) if process else None
+        return Plan(process.name, seconds, act, [process.life]) if process else None
 
     def _worker(self) -> Process | None:
         well = [p for p in self._stage.workers if p.alive and not p.frozen and p.name not in self._busy]
@@ -144,7 +147,7 @@ class Faults:
             assert worker is not None
             worker.signal(signal.SIGUSR1)
 
-        return Plan(worker.name, 0.0, act) if worker else None
+        return Plan(worker.name, 0.0, act, [worker.life]) if worker else None
 
     def _clock(self) -> Plan | None:
         worker = self._worker()
@@ -158,7 +161,7 @@ class Faults:
             if worker.alive and worker.lives == life:
                 worker.signal(signal.SIGUSR2)
 
-        return Plan(worker.name, seconds, act) if worker else None
+        return Plan(worker.name, seconds, act, [worker.life]) if worker else None
 
     # -------------------------------------------------------------------------------------------------- servers
 

@@ -36,9 +36,16 @@ class Process:
         self.name = name
         self.lives = 0
         self.frozen = False
+        self.told_to_end = False
+        """Whether this life was sent a signal that ends it."""
         self._command = command
         self._log = log
         self._process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def life(self) -> str:
+        """The name of this life."""
+        return f"{self.name}-{self.lives}"
 
     @property
     def alive(self) -> bool:
@@ -53,7 +60,7 @@ class Process:
     def start(self) -> None:
         """Begin another life. From the main thread only: a child dies with the thread that made it."""
         self.lives += 1
-        self.frozen = False
+        self.frozen = self.told_to_end = False
         with self._log.open("ab") as log:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", *self._command(self.lives)],
@@ -66,6 +73,7 @@ class Process:
 
     def signal(self, number: signal.Signals) -> None:
         """Send a signal, if it is there to get one."""
+        self.told_to_end = self.told_to_end or number in (signal.SIGKILL, signal.SIGTERM)
         if self._process is not None:
             self._process.send_signal(number)
 

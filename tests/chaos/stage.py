@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import signal
 import time
 from collections.abc import AsyncGenerator, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -137,12 +138,17 @@ class Stage:
                     continue
                 if process.name not in ended:
                     ended[process.name] = now + (self._dice.uniform(0.0, 1.0) if process.lives else 0.0)
-                    if process.lives:
-                        self._book.note(Fault(kind=f"ended as {process.ended_as}", target=process.name))
+                    self._note_end(process)
                 elif ended[process.name] <= now:
                     del ended[process.name]
                     process.start()
             await anyio.sleep(_LOOK)
+
+    def _note_end(self, process: Process) -> None:
+        if process.lives and not process.told_to_end:
+            code = process.ended_as
+            kind = "died at a point" if code == -signal.SIGKILL else f"ended with code {code}"
+            self._book.note(Fault(kind=kind, target=process.life))
 
     async def ready(self) -> None:
         """Wait until all workers and gateways work."""
