@@ -5,9 +5,10 @@
     tool <n> <ms> <seconds>     calls a tool that takes that time, without a word; then counts
     block <n> <ms> <seconds>    counts, and in mid-answer blocks the event loop for that time
     flaky <n> <ms> <percent>    counts; each attempt breaks down at some word with that chance, and is retried
+    stubborn <ms>               counts for ever, and takes that time to clean up when stopped
 
-and, as `workers.echo` does them: ``approve <n> <ms>``, ``steer <n> <ms>``, ``stubborn <ms>``, ``retry <after>``,
-``fail``. Anything else is echoed.
+and, as `workers.echo` does them: ``approve <n> <ms>``, ``steer <n> <ms>``, ``retry <after>``, ``fail``. Anything else is
+echoed.
 
 ``chaos`` goes on after what a lost attempt said; ``fresh`` starts over.
 """
@@ -29,6 +30,9 @@ from agentrun.wire import ToolCall, ToolPart, ToolResult
 from workers.echo import echo
 
 _COUNTED = re.compile(r"(count|silent|tool|block|flaky) +(\d+) +(\d+)(?: +(\d+(?:\.\d+)?))?")
+_STUBBORN = re.compile(r"stubborn +(\d+)")
+_FOR_EVER = 10_000
+"""Words; stopped or overdue before."""
 
 
 def words_of(text: str) -> int | None:
@@ -37,13 +41,19 @@ def words_of(text: str) -> int | None:
     return int(match[2]) if match else None
 
 
-async def _answer(ctx: Context) -> AsyncIterator[Item]:
-    match = _COUNTED.fullmatch(ctx.text)
-    if match is None:
-        async with aclosing(cast("AsyncGenerator[Item]", echo.fn(ctx))) as items:
-            async for item in items:
-                yield item
-        return
+async def _answer(ctx: Context) -> AsyncGenerator[Item]:
+    if match := _STUBBORN.fullmatch(ctx.text):
+        commanded = _stubborn(ctx, int(match[1]) / 1000)
+    elif match := _COUNTED.fullmatch(ctx.text):
+        commanded = _counted(ctx, match)
+    else:
+        commanded = cast("AsyncGenerator[Item]", echo.fn(ctx))
+    async with aclosing(commanded) as items:
+        async for item in items:
+            yield item
+
+
+async def _counted(ctx: Context, match: re.Match[str]) -> AsyncGenerator[Item]:
     command, n, seconds, more = match[1], int(match[2]), int(match[3]) / 1000, float(match[4] or 0)
     words = _words_left(ctx, n)
     if command == "silent" and len(words) == n:
@@ -61,6 +71,16 @@ async def _answer(ctx: Context) -> AsyncIterator[Item]:
             time.sleep(more)  # noqa: ASYNC251 - this is what is asked for
         yield word
         await anyio.sleep(seconds)
+
+
+async def _stubborn(ctx: Context, cleanup: float) -> AsyncGenerator[Item]:
+    try:
+        for word in _words_left(ctx, _FOR_EVER):
+            yield word
+            await anyio.sleep(0.02)
+    finally:
+        with anyio.CancelScope(shield=True):
+            await anyio.sleep(cleanup)
 
 
 async def _tool(ctx: Context, seconds: float) -> AsyncIterator[Item]:
@@ -81,7 +101,7 @@ def _words_left(ctx: Context, n: int) -> list[str]:
 @agent(name="chaos", resume=True)
 async def chaos(ctx: Context) -> AsyncIterator[Item]:
     """Do what the text says, going on after what was said."""
-    async with aclosing(cast("AsyncGenerator[Item]", _answer(ctx))) as items:
+    async with aclosing(_answer(ctx)) as items:
         async for item in items:
             yield item
 
@@ -89,7 +109,7 @@ async def chaos(ctx: Context) -> AsyncIterator[Item]:
 @agent(name="fresh")
 async def fresh(ctx: Context) -> AsyncIterator[Item]:
     """Do what the text says, from the start in each attempt."""
-    async with aclosing(cast("AsyncGenerator[Item]", _answer(ctx))) as items:
+    async with aclosing(_answer(ctx)) as items:
         async for item in items:
             yield item
 
