@@ -7,8 +7,8 @@
     flaky <n> <ms> <percent>    counts; each attempt breaks down at some word with that chance, and is retried
     stubborn <ms>               counts for ever, and takes that time to clean up when stopped
 
-and, as `workers.echo` does them: ``approve <n> <ms>``, ``steer <n> <ms>``, ``retry <after>``, ``fail``. Anything else is
-echoed.
+and, as `workers.echo` does them: ``approve <n> <ms>``, ``steer <n> <ms>``, ``retry <after>``, ``fail``. Anything else
+is echoed.
 
 ``chaos`` goes on after what a lost attempt said; ``fresh`` starts over.
 """

@@ -201,5 +201,9 @@ class _End(asyncio.Protocol):
         if self._other._finished:
             self._transport.close()
             self._other._transport.close()
-        else:
+            return
+        try:
             self._transport.write_eof()
+        except OSError:
+            # Reset by the other side, which the loop has yet to notice.
+            self.abort()
