@@ -36,15 +36,24 @@ class Faults:
         dice: Draws kinds, targets and times.
         pace: Seconds between two faults, on average.
         kinds: Which there are; default: all that the stage has a use for.
+        surely: Those that come first, in this order, whatever the dice say.
     """
 
     def __init__(
-        self, stage: Stage, book: Notebook, dice: random.Random, *, pace: float = 2.0, kinds: Sequence[str] = ()
+        self,
+        stage: Stage,
+        book: Notebook,
+        dice: random.Random,
+        *,
+        pace: float = 2.0,
+        kinds: Sequence[str] = (),
+        surely: Sequence[str] = (),
     ) -> None:
         self._stage = stage
         self._book = book
         self._dice = dice
         self._pace = pace
+        self._surely = list(surely)
         self._busy: set[str] = set()
         plans: dict[str, tuple[float, Callable[[], Plan | None]]] = {
             "kill": (3, self._kill),
@@ -63,16 +72,19 @@ class Faults:
         }
         if stage.setup.cluster:
             plans |= {"leader crash": (2, self._leader_crash), "leader steps down": (2, self._step_down)}
-        self._plans = {kind: plans[kind] for kind in kinds or plans}
+        self._plans = plans
+        self._kinds = list(kinds or plans)
 
     async def run(self, until: float) -> None:
         """Go on until then, on the monotonic clock; returns when what was broken last is mended."""
-        weights = [weight for weight, _ in self._plans.values()]
+        weights = [self._plans[kind][0] for kind in self._kinds]
         async with anyio.create_task_group() as group:
             while (left := until - time.monotonic()) > 0:
                 await anyio.sleep(min(self._dice.expovariate(1 / self._pace), left))
-                kind = self._dice.choices(list(self._plans), weights)[0]
-                group.start_soon(self.apply, kind)
+                if self._surely:
+                    await self.apply(self._surely.pop(0))
+                else:
+                    group.start_soon(self.apply, self._dice.choices(self._kinds, weights)[0])
 
     async def apply(self, kind: str) -> None:
         """Do one fault of this kind, if there is something to do it to."""

@@ -19,7 +19,15 @@ DRAIN = 60.0
 """Seconds sessions get to come to rest once nothing is broken any more."""
 
 
-async def play(setup: Setup, scale: Scale, *, seconds: float, pace: float = 2.0, kinds: Sequence[str] = ()) -> Report:
+async def play(
+    setup: Setup,
+    scale: Scale,
+    *,
+    seconds: float,
+    pace: float = 2.0,
+    kinds: Sequence[str] = (),
+    surely: Sequence[str] = (),
+) -> Report:
     """Run, and judge what was noted. The notes, and what the processes logged, stay in the setup's folder.
 
     Args:
@@ -28,6 +36,7 @@ async def play(setup: Setup, scale: Scale, *, seconds: float, pace: float = 2.0,
         seconds: How long things are broken for.
         pace: Seconds between two faults, on average.
         kinds: Of faults; default: all.
+        surely: Kinds that happen in any case, one after the other, before others do.
     """
     if setup.mutant:
         break_promise(setup.mutant)  # in the load's readers
@@ -37,7 +46,7 @@ async def play(setup: Setup, scale: Scale, *, seconds: float, pace: float = 2.0,
         async with open_stage(setup, book) as stage:
             book.note(Began(seed=setup.seed))
             until = time.monotonic() + seconds
-            faults = Faults(stage, book, random.Random(f"{setup.seed} faults"), pace=pace, kinds=kinds)
+            faults = Faults(stage, book, random.Random(f"{setup.seed} faults"), pace=pace, kinds=kinds, surely=surely)
             async with open_load(stage.place, book, random.Random(f"{setup.seed} load"), scale) as load:
                 async with anyio.create_task_group() as group:
 

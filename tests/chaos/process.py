@@ -61,6 +61,8 @@ class Process:
         """Begin another life. From the main thread only: a child dies with the thread that made it."""
         self.lives += 1
         self.frozen = self.told_to_end = False
+        # Inherited: they come to nothing until it knows what to do with them.
+        before = [(number, signal.signal(number, signal.SIG_IGN)) for number in (signal.SIGUSR1, signal.SIGUSR2)]
         with self._log.open("ab") as log:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", *self._command(self.lives)],
@@ -70,6 +72,8 @@ class Process:
                 cwd=ROOT,
                 env={key: value for key, value in os.environ.items() if not key.startswith("AGENTRUN_")},
             )
+        for number, handler in before:
+            signal.signal(number, handler)
 
     def signal(self, number: signal.Signals) -> None:
         """Send a signal, if it is there to get one."""
