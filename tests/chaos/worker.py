@@ -32,13 +32,13 @@ from tests.chaos.mutants import MUTANTS, break_promise
 from tests.chaos.process import die_with_parent
 
 POINTS = {
-    "append.before": 0.0003,
-    "append.after": 0.0003,
-    "leased": 0.005,
-    "ack.before": 0.005,
-    "ack.after": 0.005,
-    "nack.before": 0.01,
-    "nack.after": 0.01,
+    "append.before": 0.0002,
+    "append.after": 0.0002,
+    "leased": 0.003,
+    "ack.before": 0.003,
+    "ack.after": 0.003,
+    "nack.before": 0.005,
+    "nack.after": 0.005,
     "extend.before": 0.001,
     "extend.after": 0.001,
 }
