@@ -120,9 +120,12 @@ class Reader:
         Raises:
             AssertionError: It was told what no reader may be told in a run.
         """
-        self._join()
+        asked: int | None = None
         while not self._done:
-            lasts = 0.2 + self._dice.expovariate(1 / 20)
+            if asked != self.offset:  # one that was refused, or given nothing, has not read since
+                asked = self.offset
+                self._join()
+            lasts = 0.2 + self._dice.expovariate(1 / 8)
             self._connection = anyio.CancelScope(
                 deadline=anyio.current_time() + (lasts if self._goal is None else min(lasts + 1, _HURRY))
             )
@@ -158,9 +161,7 @@ class Reader:
         return self._leaving or (self._goal is not None and self.offset >= self._goal)
 
     def _join(self) -> None:
-        self._book.note(
-            Joined(reader=self.name, session=self._session, transport=self.transport, after=self._began_behind)
-        )
+        self._book.note(Joined(reader=self.name, session=self._session, transport=self.transport, after=self.offset))
 
     def _leave(self) -> None:
         # One that was to read to the end and could not in time has said what it must have all the same.
@@ -222,9 +223,11 @@ class LibraryToEnd(Reader):
 
     async def _read(self) -> None:
         try:
-            async with aclosing(self._client.session(self._session).events(self.offset, follow=False)) as events:
-                async for event in events:
-                    self._take(event.offset, event.raw)
+            while True:
+                async with aclosing(self._client.session(self._session).events(self.offset, follow=False)) as events:
+                    async for event in events:
+                        self._take(event.offset, event.raw)
+                await anyio.sleep(self._dice.random())
         except Unavailable as error:
             raise Away(str(error)) from error
         except SessionGone as error:
