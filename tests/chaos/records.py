@@ -6,6 +6,8 @@ from array import array
 from collections.abc import Iterator
 from typing import NamedTuple
 
+import msgspec
+
 from agentrun import wire
 from agentrun.broker import Kind
 from agentrun.errors import InvalidInput
@@ -45,7 +47,7 @@ class Records:
     def add(self, note: Stored) -> None:
         """Take in the next record."""
         self.offsets.append(note.offset)
-        self.hashes.append(int(digest(note.body), 16))
+        self.hashes.append(_hash(note.body))
         self._stored.append(note.stored)
         self._kinds.append(_KINDS.index(Kind(note.kind)))
         self._bodies += note.body.encode()
@@ -70,10 +72,17 @@ class Shown:
                 if piece.index < piece.total - 1:
                     continue
                 if [p.index for p in pieces] == list(range(piece.total)):
-                    shown = int(digest("".join(p.data for p in pieces)), 16)
+                    shown = _hash("".join(p.data for p in pieces))
                 pieces = []
             self.offsets.append(entry.offset)
             self.hashes.append(shown)
+
+
+def _hash(body: str) -> int:
+    try:
+        return int(digest(body), 16)
+    except msgspec.DecodeError:
+        return 0  # what is no JSON is nothing that a reader can have been given
 
 
 def _piece(entry: Entry) -> wire.Chunk | None:

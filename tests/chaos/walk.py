@@ -27,6 +27,8 @@ _LAST_WORDS = ("turn.suspended", "turn.retrying", "turn.released", LOST)
 """What ends an attempt, but not its turn."""
 _WORD = re.compile(r"w(\d+)")
 _STEERED = re.compile(r"\[steered: .*?\] ", re.DOTALL)
+_STARTS_OVER = "stubborn"
+"""What an agent counts anew in each attempt, behind what the attempts before have said."""
 
 SEVERAL = "several workers"
 """Who appended a record that more than one worker took for its own: two had the same to say."""
@@ -125,7 +127,7 @@ class Walk:
 
     def run(self, entries: Iterable[Entry]) -> None:
         """Take in the whole session."""
-        for entry in entries:
+        for place, entry in enumerate(entries, 1):
             try:
                 event = wire.decode(entry.body)
             except InvalidInput as error:
@@ -133,7 +135,8 @@ class Walk:
                 continue
             legal = self._input(entry, event) if entry.kind.input else self._output(entry, event)
             if legal:
-                self._history.apply(entry.offset, event, time=entry.stored)
+                # By its place: the fold lets pass what does not have a higher offset.
+                self._history.apply(place, event, time=entry.stored)
         for turn in self._queue:
             if not turn.end:
                 self._report(
@@ -176,13 +179,16 @@ class Walk:
 
     def _output(self, entry: Entry, event: wire.AnyEvent) -> bool:
         if isinstance(event, wire.Chunk):
-            whole = self._joiner.feed(event)
+            try:
+                whole = self._joiner.feed(event)
+            except InvalidInput:
+                whole = event
             if whole is None:
                 return self._piece(entry, event)
-            event = whole
-            if isinstance(event, wire.Chunk):
+            if isinstance(whole, wire.Chunk):
                 self._report(Rule.READABLE, f"the event in pieces that ends at {entry.offset} is not whole")
                 return False
+            event = whole
         match event:
             case wire.TurnStarted():
                 return self._started(entry, event)
@@ -294,7 +300,11 @@ class Walk:
     # --------------------------------------------------------------------------------------------- what an owner says
 
     def _owned(self, entry: Entry, event: wire.AnyEvent) -> bool:
-        names = _names.decode(event.raw if isinstance(event, wire.UnknownEvent) else wire.encode(event))
+        try:
+            names = _names.decode(event.raw if isinstance(event, wire.UnknownEvent) else wire.encode(event))
+        except msgspec.ValidationError as error:
+            self._report(Rule.READABLE, f"{event.type} at {entry.offset} cannot be read: {error}")
+            return False
         id, number, attempt = names.turn or "", names.attempt, self._attempt
         turn = self.turns.get(id)
         current = turn is not None and self._is_current(turn, number)
@@ -461,12 +471,17 @@ class Walk:
             self._report(Rule.TEXT, f"turn {turn.id} ends at {entry.offset} with {_clip(text)}, expected {wanted}")
             return
         numbers = [int(number) for number in _WORD.findall(text)]
-        if numbers != list(range(len(numbers))):
-            wrong = next(i for i, number in enumerate(numbers) if i != number)
-            self._report(
-                Rule.TEXT,
-                f"turn {turn.id} ends at {entry.offset}, and its word {wrong} is w{numbers[wrong]}: {_clip(text)}",
-            )
+        starts = turn.attempts if sent.text.startswith(_STARTS_OVER) else 1
+        expected = 0
+        for place, number in enumerate(numbers):
+            if number == 0 and expected and starts > 1:
+                starts, expected = starts - 1, 0
+            if number != expected:
+                self._report(
+                    Rule.TEXT, f"turn {turn.id} ends at {entry.offset}, its word {place} is w{number}: {_clip(text)}"
+                )
+                return
+            expected += 1
 
 
 def _clip(text: str) -> str:
