@@ -36,7 +36,7 @@ from tests.e2e.processes import new_cli
 pytestmark = [pytest.mark.xdist_group("processes"), pytest.mark.timeout(180)]
 
 SORTS = ("count", "silent", "tool", "flaky", "approve", "steer", "stubborn", "retry", "fail", "hello,")
-ROUNDS, SECONDS = 8, 8
+ROUNDS, SECONDS = 12, 8
 SCALE = Scale(sessions=12, readers=4, think=0.3, life=6, longest=3)
 
 
