@@ -106,9 +106,9 @@ class Log:
         }
         return self.put(cls(**fields | more), by=by)  # type: ignore[arg-type]
 
-    def complete(self, **more: object) -> int:
+    def complete(self, *, by: str | None = None, **more: object) -> int:
         """The owner completes its turn."""
-        return self.terminal(wire.TurnCompleted, **more)
+        return self.terminal(wire.TurnCompleted, None, by=by, **more)
 
     def whole(self, turn: str, text: str = "count 3 0") -> int:
         """A turn from its request to its end."""

@@ -101,6 +101,22 @@ def test_an_event_of_an_owner_where_anyone_may_append() -> None:
     assert broken(log) == {Rule.READABLE}
 
 
+def test_what_no_owner_stores() -> None:
+    for event in (wire.TurnCancel(turn="t1"), wire.Gap(from_=1, to=2)):
+        log = started("w0 ", "w1 ", "w2 ")
+        log.put(event, Kind.EVENT)
+        log.complete()
+        assert broken(log) == {Rule.READABLE}
+
+
+def test_an_event_of_a_type_that_is_not_known_is_its_owners() -> None:
+    for number, wrong in ((1, set[Rule]()), (2, {Rule.OWNER})):
+        log = started("w0 ", "w1 ", "w2 ")
+        log.put(b'{"type":"new.type","turn":"t1","attempt":%d}' % number)
+        log.complete()
+        assert broken(log) == wrong
+
+
 def test_pieces_without_their_beginning() -> None:
     log = started("w0 ", "w1 ", "w2 ")
     log.out(wire.Chunk(index=1, total=2, data="{}"))
@@ -395,18 +411,23 @@ def test_a_stored_stop_that_is_not_obeyed_by_who_starts_the_turn() -> None:
     assert broken(log) == {Rule.STOP}
 
 
-@pytest.mark.parametrize("how", ["all", "interrupt", "rollback"])
-def test_a_stop_of_all_is_not_obeyed(how: wire.OnBusy) -> None:
+def test_a_stop_of_all_that_is_not_obeyed() -> None:
     log = started()
     log.out(wire.TurnReleased())
-    if how == "all":
-        log.put(wire.TurnCancel(all=True), Kind.CANCEL)
-    else:
-        log.send("t2", "hello", on_busy=how)
+    log.put(wire.TurnCancel(all=True), Kind.CANCEL)
     log.start("t1")
     log.terminal(wire.TurnCancelled)
-    if how != "all":
-        log.terminal(wire.TurnExpired, "t2")
+    assert broken(log) == {Rule.STOP}
+
+
+@pytest.mark.parametrize("how", ["interrupt", "rollback"])
+def test_an_interrupt_that_is_not_obeyed(how: wire.OnBusy) -> None:
+    log = started()
+    log.out(wire.TurnReleased())
+    log.send("t2", "hello", on_busy=how)
+    log.start("t1")
+    log.terminal(wire.TurnCancelled)
+    log.terminal(wire.TurnExpired, "t2")
     assert broken(log) == {Rule.STOP}
 
 

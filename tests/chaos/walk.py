@@ -35,7 +35,7 @@ SEVERAL = "several workers"
 
 
 class _Names(Struct):
-    """What every event of an owner has, also one of a type that the library does not know."""
+    """What an event of a type that the library does not know has all the same, if it is an owner's."""
 
     turn: str | None = None
     attempt: int = 0
@@ -196,6 +196,9 @@ class Walk:
                 return self._rejected(entry, event)
             case wire.TurnCompleted() | wire.TurnCancelled() | wire.TurnFailed() | wire.TurnExpired():
                 return self._terminal(entry, event)
+            case wire.TurnRequested() | wire.TurnAnswer() | wire.TurnCancel() | wire.Snapshot() | wire.Gap():
+                self._report(Rule.READABLE, f"{event.type} at {entry.offset} is not what an owner stores")
+                return False
             case _:
                 return self._owned(entry, event)
 
@@ -299,13 +302,13 @@ class Walk:
 
     # --------------------------------------------------------------------------------------------- what an owner says
 
-    def _owned(self, entry: Entry, event: wire.AnyEvent) -> bool:
+    def _owned(self, entry: Entry, event: wire.OutputEvent | wire.UnknownEvent) -> bool:
         try:
-            names = _names.decode(event.raw if isinstance(event, wire.UnknownEvent) else wire.encode(event))
+            id, number = _names_of(event)
         except msgspec.ValidationError as error:
             self._report(Rule.READABLE, f"{event.type} at {entry.offset} cannot be read: {error}")
             return False
-        id, number, attempt = names.turn or "", names.attempt, self._attempt
+        attempt = self._attempt
         turn = self.turns.get(id)
         current = turn is not None and self._is_current(turn, number)
         # Peers say that a worker is dead, also after one of them has appended something else.
@@ -482,6 +485,12 @@ class Walk:
                 )
                 return
             expected += 1
+
+
+def _names_of(event: wire.OutputEvent | wire.UnknownEvent) -> tuple[str, int]:
+    """Return of which turn and attempt an event is."""
+    names = _names.decode(event.raw) if isinstance(event, wire.UnknownEvent) else event
+    return names.turn or "", names.attempt
 
 
 def _clip(text: str) -> str:
