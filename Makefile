@@ -5,14 +5,15 @@ BIN := $(VENV)/bin
 NEWER := $(VENV)-newer
 PYTEST_ARGS ?=
 
-.PHONY: help demo test test-newer clients lint format chaos bench venv venv-demo clean
+.PHONY: help demo test test-newer clients lint format chaos storm bench venv venv-demo clean
 
 help:
 	@echo "make demo   see it work: a stream, a second reader, a stop, a worker killed in mid-answer, a web page"
 	@echo "make test   lint and test everything, on this Python and on a newer one if there is one"
 	@echo "make lint   ruff, import floors, pyright"
 	@echo "make bench  the figures of docs/performance.md"
-	@echo "make chaos  the fault suite, longer than in make test"
+	@echo "make chaos  break everything for minutes and see what holds: make chaos ARGS='--minutes 5 --seed 7 --cluster'"
+	@echo "make storm  the fault suite within one process, longer than in make test"
 
 venv:
 	@.ci/venv $(VENV) dev $(PYTHON)
@@ -54,9 +55,14 @@ format: venv
 bench: venv
 	$(BIN)/agentrun bench all
 
+# Real processes are killed, suspended and cut off while users send, stop, steer, answer and read. See tests/chaos.
+ARGS ?=
+chaos: venv
+	$(BIN)/python -m tests.chaos $(ARGS)
+
 # SEEDS storms on each broker: workers die, are cut off and drained while turns are sent, stopped and answered.
 SEEDS ?= 20
-chaos: venv
+storm: venv
 	AGENTRUN_SEEDS=$(SEEDS) $(BIN)/python -m pytest tests/worker/test_storm.py tests/brokers/test_faults.py $(PYTEST_ARGS)
 
 clean:

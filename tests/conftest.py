@@ -9,7 +9,7 @@ from tests.brokers.nats_environment import NatsEnvironments
 
 _GROUPS = {
     "processes": ("tests/e2e",),
-    "bench": ("tests/bench", "tests/docs", "tests/brokers/test_nats_cluster.py"),
+    "bench": ("tests/bench", "tests/docs", "tests/brokers/test_nats_cluster.py", "tests/chaos/test_chaos.py"),
     "browser": ("tests/browser", "tests/gateway/test_npm"),
 }
 

@@ -1,0 +1,63 @@
+"""A whole run: the stage, the load, the faults, and the judgement."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Sequence
+
+import anyio
+
+from tests.chaos.checker import Report, check
+from tests.chaos.evidence import Began, Notebook, read_notes
+from tests.chaos.faults import Faults
+from tests.chaos.load import Scale, open_load
+from tests.chaos.mutants import break_promise
+from tests.chaos.stage import Setup, open_stage
+
+DRAIN = 60.0
+"""Seconds sessions get to come to rest once nothing is broken any more."""
+
+
+async def play(
+    setup: Setup,
+    scale: Scale,
+    *,
+    seconds: float,
+    pace: float = 2.0,
+    kinds: Sequence[str] = (),
+    surely: Sequence[str] = (),
+) -> Report:
+    """Run, and judge what was noted. The notes, and what the processes logged, stay in the setup's folder.
+
+    Args:
+        setup: What is put on the stage.
+        scale: How much load.
+        seconds: How long things are broken for.
+        pace: Seconds between two faults, on average.
+        kinds: Of faults; default: all.
+        surely: Kinds that happen in any case, one after the other, before others do.
+    """
+    if setup.mutant:
+        break_promise(setup.mutant)  # in the load's readers
+    setup.folder.mkdir(parents=True, exist_ok=True)
+    book = Notebook(setup.folder, "stage")
+    try:
+        async with open_stage(setup, book) as stage:
+            book.note(Began(seed=setup.seed))
+            until = time.monotonic() + seconds
+            faults = Faults(stage, book, random.Random(f"{setup.seed} faults"), pace=pace, kinds=kinds, surely=surely)
+            async with open_load(stage.place, book, random.Random(f"{setup.seed} load"), scale) as load:
+                async with anyio.create_task_group() as group:
+
+                    async def break_things() -> None:
+                        await faults.run(until)
+                        await stage.heal()
+
+                    group.start_soon(break_things)
+                    await load.drive(until=until)
+                await load.drain(patience=DRAIN)
+            await stage.dump()
+    finally:
+        book.close()
+    return await anyio.to_thread.run_sync(lambda: check(read_notes(setup.folder)))

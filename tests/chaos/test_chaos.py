@@ -1,0 +1,176 @@
+"""The short form of ``make chaos``: everything breaks and every promise holds; one promise is broken and it shows."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import AsyncGenerator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import anyio
+import pytest
+
+import agentrun
+from agentrun import Client, ClientSettings, Turn
+from agentrun.wire import TurnStarted
+from tests.chaos.checker import Report, Rule, check
+from tests.chaos.evidence import Began, Notebook, Sent, read_notes
+from tests.chaos.load import Scale
+from tests.chaos.play import play
+from tests.chaos.readers import EventStream
+from tests.chaos.stage import Setup, Stage, open_stage
+
+pytestmark = pytest.mark.timeout(240)
+
+SCALE = Scale(sessions=10, think=0.5, life=10, longest=5)
+
+
+async def test_promises_hold_while_processes_and_connections_break(tmp_path: Path) -> None:
+    setup = Setup(folder=tmp_path, seed=7)
+    surely = ("kill", "server crash", "suspend", "cable silent")
+    report = await play(setup, SCALE, seconds=20, pace=1.5, surely=surely)
+    _assert_kept(report, surely)
+
+
+async def test_promises_hold_while_a_cluster_loses_its_leader(tmp_path: Path) -> None:
+    setup = Setup(folder=tmp_path, seed=8, cluster=True)
+    surely = ("kill", "leader crash", "leader steps down")
+    report = await play(setup, SCALE, seconds=25, pace=2.0, surely=surely)
+    _assert_kept(report, surely)
+
+
+def _assert_kept(report: Report, happened: tuple[str, ...]) -> None:
+    figures = report.figures
+    assert not report.violations, report.table
+    assert set(happened) <= figures.faults.keys()
+    assert sum(figures.turns.values()) > 20
+    assert figures.events > 200
+    assert figures.takeovers.count > 0
+
+
+class Scene:
+    """A stage, and a client on it that notes what it sends."""
+
+    def __init__(self, stage: Stage, client: Client, book: Notebook) -> None:
+        self.stage = stage
+        self.client = client
+        self.book = book
+
+    async def send(self, session: str, id: str, text: str) -> Turn:
+        """Send a turn, and note it."""
+        turn = await self.client.session(session, agent="chaos").send(text, id=id)
+        self.book.note(Sent(session=session, turn=id, offset=turn.offset, on_busy="enqueue", text=text))
+        return turn
+
+    async def attempt(self, turn: Turn, number: int) -> None:
+        """Wait until an attempt at a turn has begun."""
+        async with turn.session.follow() as events:
+            async for event in events:
+                if isinstance(event.data, TurnStarted) and event.data.attempt >= number:
+                    return
+
+
+@asynccontextmanager
+async def broken(mutant: str, folder: Path, **more: int) -> AsyncGenerator[Scene]:
+    """Have workers and gateways that break a promise, and nothing else that breaks by itself."""
+    book = Notebook(folder, "stage")
+    setup = Setup(folder=folder, mutant=mutant, points={}, small_faults=0.0, lease=2.0, gateways=1, **more)
+    settings = ClientSettings(cancel_wait=1.0)
+    try:
+        async with (
+            open_stage(setup, book) as stage,
+            agentrun.connect(stage.place.broker, namespace=stage.place.namespace, settings=settings) as client,
+        ):
+            book.note(Began(seed=0))
+            yield Scene(stage, client, book)
+            await stage.dump()
+    finally:
+        book.close()
+
+
+def rules(folder: Path) -> set[Rule]:
+    """What was found to be broken."""
+    return {violation.rule for violation in check(read_notes(folder)).violations}
+
+
+async def test_an_owner_that_is_not_fenced_is_found_out(tmp_path: Path) -> None:
+    async with broken("fence", tmp_path, workers=2) as scene:
+        first, second = scene.stage.workers
+        second.freeze()
+        turns = [await scene.send(f"s{n}", "t", "count 300 20") for n in range(6)]
+        await _all_have(scene, turns, 1)
+        second.thaw()
+        first.freeze()
+        await _all_have(scene, turns, 2)
+        first.thaw()
+        await anyio.sleep(1.0)
+    assert rules(tmp_path) & {Rule.OWNER, Rule.DENSE}
+
+
+async def _all_have(scene: Scene, turns: list[Turn], attempt: int) -> None:
+    with anyio.fail_after(30):
+        async with anyio.create_task_group() as group:
+            for turn in turns:
+                group.start_soon(scene.attempt, turn, attempt)
+
+
+async def test_turns_that_overtake_each_other_are_found_out(tmp_path: Path) -> None:
+    async with broken("order", tmp_path, workers=2) as scene:
+        turns = [await scene.send("s", f"t{n}", "count 20 20") for n in range(4)]
+        with anyio.move_on_after(5):
+            for turn in turns:
+                await turn.result()
+    assert rules(tmp_path) & {Rule.ORDER, Rule.OWNER}
+
+
+async def test_a_reader_that_misses_events_is_found_out(tmp_path: Path) -> None:
+    async with broken("join", tmp_path, workers=1) as scene:
+        turn = await scene.send("s", "t", "count 150 20")
+        place = scene.stage.place
+        reader = EventStream(place, scene.client, scene.book, random.Random(3), name="r", session="s")
+        async with anyio.create_task_group() as group:
+            group.start_soon(reader.run)
+            while reader.offset < 20:  # noqa: ASYNC110 - it rings no bell
+                await anyio.sleep(0.02)
+            for cable in scene.stage.cables["g0"]:
+                cable.cut()
+            await anyio.sleep(0.5)
+            for cable in scene.stage.cables["g0"]:
+                cable.restore()
+            result = await turn.result(30)
+            reader.finish(result.offset)
+            with anyio.move_on_after(2):
+                await reader.ended.wait()
+            reader.leave()
+    assert Rule.READER in rules(tmp_path)
+
+
+async def test_a_stop_that_nobody_looks_for_is_found_out(tmp_path: Path) -> None:
+    async with broken("cancel", tmp_path, workers=2) as scene:
+        for worker in scene.stage.workers:
+            worker.freeze()
+        turn = await scene.send("s", "t", "count 5 20")
+        receipt = await turn.cancel()
+        assert receipt.status == "pending"
+        for worker in scene.stage.workers:
+            worker.thaw()
+        with anyio.move_on_after(5):
+            await turn.result()
+    assert Rule.STOP in rules(tmp_path)
+
+
+async def test_nothing_outlives_a_run_that_fails(tmp_path: Path) -> None:
+    left: list[Scene] = []
+
+    async def fail() -> None:
+        async with broken("cancel", tmp_path, workers=1) as scene:
+            left.append(scene)
+            scene.stage.workers[0].freeze()
+            raise ValueError("as a fault of the harness would")
+
+    with pytest.raises(ExceptionGroup):
+        await fail()
+    stage = left[0].stage
+    assert len(stage.processes) == 2
+    assert not any(process.alive for process in stage.processes)
+    assert all(server.pid is None for server in stage.servers.all)
