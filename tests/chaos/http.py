@@ -12,7 +12,8 @@ from contextlib import asynccontextmanager
 
 import anyio
 
-_HEAD = 10.0
+_HEAD = 40.0
+"""Seconds an answer may take to begin: a gateway may be frozen, and would keep a client that has no limit."""
 """Seconds a gateway has to accept a connection."""
 _AT_ONCE = 1 << 16
 _BUFFER = 1 << 14
@@ -90,9 +91,15 @@ class Response:
 
 @asynccontextmanager
 async def request(
-    gateway: str, method: str, path: str, *, body: bytes = b"", headers: Mapping[str, str] | None = None
+    gateway: str,
+    method: str,
+    path: str,
+    *,
+    body: bytes = b"",
+    headers: Mapping[str, str] | None = None,
+    waits: float = 0.0,
 ) -> AsyncGenerator[Response]:
-    """Ask a gateway; the connection is dropped when the context ends.
+    """Ask a gateway, which may wait for so many seconds; the connection is dropped when the context ends.
 
     Raises:
         Away: Nobody is there, or the connection broke before the answer began.
@@ -103,10 +110,10 @@ async def request(
     writer: asyncio.StreamWriter | None = None
     try:
         try:
-            with anyio.fail_after(_HEAD):
+            with anyio.fail_after(_HEAD + waits):
                 reader, writer = await asyncio.open_connection(host, int(port), limit=_BUFFER)
-            writer.write("\r\n".join([*lines, "", ""]).encode() + body)
-            head = await reader.readuntil(b"\r\n\r\n")
+                writer.write("\r\n".join([*lines, "", ""]).encode() + body)
+                head = await reader.readuntil(b"\r\n\r\n")
         except (OSError, asyncio.IncompleteReadError, TimeoutError) as error:
             raise Away(f"{gateway}: {error!r}") from error
         yield Response(head, reader)

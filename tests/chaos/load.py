@@ -30,6 +30,8 @@ from tests.chaos.watch import Watch
 _SEND_TIMEOUT = 8.0
 """Seconds after which a client tries again by itself, maybe another way."""
 _SETTLES = 90.0
+_TOLD_ALL = 600.0
+"""Seconds in which readers come to a session's end while everything still breaks: gateways are frozen for a minute."""
 """Seconds a session has to come to rest before another begins in its place; it is waited for again in the end."""
 _TOLD = 5.0
 """Seconds in which readers may find out that their session was deleted."""
@@ -366,7 +368,7 @@ class Load:
                 self.group.start_soon(self._let_go, talk, tail.offset)
 
     async def _let_go(self, talk: Talk, upto: int) -> None:
-        await talk.let_go(upto, _SETTLES)
+        await talk.let_go(upto, _TOLD_ALL)
         self._leaving.discard(talk)
 
     async def drain(self, *, patience: float) -> None:

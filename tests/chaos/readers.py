@@ -27,6 +27,8 @@ _STAND_INS = (b'{"type":"gap"', b'{"type":"snapshot"')
 _COME_BACK = {1001, 1006, 1011, 1012, 1013, 4429, 4503}
 """Codes of a WebSocket's end after which one comes back. 1011 is also what our own side says of a silent gateway."""
 _HURRY = 10.0
+_LONG_POLL = 60.0
+"""Seconds a gateway keeps a long poll of its own at most."""
 """Seconds a connection lasts at most once its reader is to read to the end."""
 
 
@@ -293,7 +295,7 @@ class Pages(Reader):
         wait, limit = self._dice.choice((0, 1, 5, 20)), self._dice.choice((7, 100, 1000))
         while True:
             query = f"after={self.offset}&wait={wait}&limit={limit}"
-            async with request(self._gateway, "GET", f"{self._events}?{query}") as response:
+            async with request(self._gateway, "GET", f"{self._events}?{query}", waits=wait) as response:
                 await _check(response, 200)
                 page = _page.decode(await response.body())
             self._take_items(page.events)
@@ -352,7 +354,8 @@ class Durable(Reader):
 
     async def _read(self) -> None:
         while True:
-            async with request(self._gateway, "GET", self._path("long-poll" if self._caught_up else "")) as response:
+            path = self._path("long-poll" if self._caught_up else "")
+            async with request(self._gateway, "GET", path, waits=_LONG_POLL) as response:
                 await _check(response, 200, 204)
                 items = _items.decode(await response.body()) if response.status == 200 else []
             self._take_items(items)
