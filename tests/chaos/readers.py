@@ -27,9 +27,9 @@ _STAND_INS = (b'{"type":"gap"', b'{"type":"snapshot"')
 _COME_BACK = {1001, 1006, 1011, 1012, 1013, 4429, 4503}
 """Codes of a WebSocket's end after which one comes back. 1011 is also what our own side says of a silent gateway."""
 _HURRY = 10.0
+"""Seconds a connection lasts at most once its reader is to read to the end."""
 _LONG_POLL = 60.0
 """Seconds a gateway keeps a long poll of its own at most."""
-"""Seconds a connection lasts at most once its reader is to read to the end."""
 
 
 class Gone(Exception):
