@@ -420,13 +420,14 @@ def test_a_silence_counts_while_a_turn_runs() -> None:
 def test_the_table_and_the_json_tell_what_was_found() -> None:
     log = logs.plain()
     faults = [Fault(kind="kill", target="a-1", at=3.0), Fault(kind="kill", target="a-1", at=6.0)]
+    faults.append(Fault(kind="leader crash: not done, no answer", target="servers", at=7.0))
     report = judge([log, logs.cancelled()], *faults, Unended(session="plain", pending="13a"))
     table = report.table
     for line in (
         "seed           7",
         "sessions       2, and 0 deleted, which are left out",
         "turns          5: cancelled 2, completed 3",
-        "faults         kill 2",
+        "faults         3: kill 2, leader crash: not done 1",
         "readers        library 4",
         "violations     QUIET 1",
         "  [QUIET] session plain: it did not come to rest, pending is 13a",
