@@ -178,7 +178,7 @@ class Session:
             Unavailable: No outcome within ``settings.send_timeout``. Sending again with the same id is safe.
         """
         request = self._request(input, agent, id, on_busy, replaces)
-        request.deadline = inputs.deadline_of(deadline)
+        request.deadline = inputs.deadline_of(deadline, self._broker.now())
         request.user, request.device, request.parent = user, device, parent
         request.metadata, request.trace = dict(metadata or {}), dict(trace or {})
         return Turn(self, request.turn, await self._append(request, minted=id is None))

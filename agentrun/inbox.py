@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-import time
+from collections.abc import Callable
 from typing import Any, NoReturn
 
 import anyio
@@ -28,15 +28,19 @@ class Inbox:
         view: The running turn, of ``history``.
         carrier: The offset of the leased input.
         switch: Stops the agent.
+        clock: Tells the broker's time.
     """
 
-    def __init__(self, history: History, view: TurnView, carrier: int, switch: StopSwitch) -> None:
+    def __init__(
+        self, history: History, view: TurnView, carrier: int, switch: StopSwitch, clock: Callable[[], float]
+    ) -> None:
         self._ended_as: wire.Terminal | None = None
         self._ended_at = 0
         self._history = history
         self._view = view
         self._carrier = carrier
         self._switch = switch
+        self._clock = clock
         self._publisher: Publisher | None = None
         self._taken: set[str] = set()
         self._moved = anyio.Event()
@@ -158,7 +162,7 @@ class Inbox:
         """Stop the turn when its time is over, and end those that wait behind it when theirs is."""
         while True:
             moved = self._moved
-            now = time.time()
+            now = self._clock()
             soonest = math.inf
             for view in list(self._history.turns.values()):
                 deadline = view.request.deadline if view.request is not None and not view.ended else None
@@ -198,14 +202,14 @@ class Inbox:
         publisher = await self._open_publisher()
         if question.request not in self._view.questions:
             if question.deadline is not None:
-                question.deadline += time.time()
+                question.deadline += self._clock()
             publisher.put(question)
             await publisher.flush()
         asked = self._view.questions[question.request]
         deadline = math.inf if asked.event.deadline is None else asked.event.deadline
-        give_up = time.time() + hold
+        give_up = self._clock() + hold
         while asked.answer is None:
-            now = time.time()
+            now = self._clock()
             if self._switch.stop is not None:
                 await self.meet_stop()
             elif now >= deadline:

@@ -88,7 +88,7 @@ async def append_input(
 # ------------------------------------------------------------------------------------------------------------- turns
 
 
-def deadline_of(deadline: float | datetime | None) -> float | None:
+def deadline_of(deadline: float | datetime | None, now: float) -> float | None:
     """Return a deadline (seconds from now, or a time) in seconds since the epoch.
 
     Raises:
@@ -96,7 +96,6 @@ def deadline_of(deadline: float | datetime | None) -> float | None:
     """
     if deadline is None:
         return None
-    now = time.time()
     if isinstance(deadline, datetime):
         if deadline.tzinfo is None:
             raise InvalidInput(f"a deadline needs a timezone: {deadline!r}")

@@ -94,7 +94,7 @@ class Attempt:
         self._partial = turn.message if turn.message.parts and not turn.incomplete else None
         self._resumes = agent.resume and self._partial is not None
         self._switch = StopSwitch()
-        self._inbox = Inbox(history, turn, lease.record.offset, self._switch)
+        self._inbox = Inbox(history, turn, lease.record.offset, self._switch, shared.broker.now)
         self._done = anyio.Event()
         self._open = False
         self._failure: Exception | None = None
@@ -174,7 +174,7 @@ class Attempt:
         pending = after.pending.claim(self._carrier.offset)
         tail = await log.append(self._session, body, kind=Kind.EVENT, after=after, pending=pending)
         self.started = time.monotonic()
-        self._history.apply(tail.offset, started, time=time.time())
+        self._history.apply(tail.offset, started, time=self._shared.broker.now())
         self._writer = SessionWriter(log, self._session, tail, self._inbox.on_input)
         self._begin()
 
@@ -204,7 +204,7 @@ class Attempt:
         self._inbox.open(self._publisher)
 
     def _on_stored(self, event: wire.OutputEvent, offset: int) -> None:
-        self._history.apply(offset, event, time=time.time())
+        self._history.apply(offset, event, time=self._shared.broker.now())
 
     async def _publish(self) -> None:
         await self._publisher.run()
@@ -345,7 +345,11 @@ class Attempt:
             usage=self._ctx.usage,
             until=until,
         )
-        return event, Settled() if until is None else HandedBack(max(0.0, until - time.time())), Pending.park
+        return (
+            event,
+            Settled() if until is None else HandedBack(max(0.0, until - self._shared.broker.now())),
+            Pending.park,
+        )
 
     def _own_word(self) -> tuple[wire.OutputEvent, Outcome, Change]:
         failure = self._failure
@@ -375,7 +379,7 @@ class Attempt:
             return self._end(wire.TurnFailed(**self._fields(), error=error))
         event = wire.TurnRetrying(**self._names(), error=error, after=after, usage=self._ctx.usage)
         if self._request.deadline is not None:
-            after = min(after, self._request.deadline - time.time())
+            after = min(after, self._request.deadline - self._shared.broker.now())
         return event, HandedBack(max(0.0, after)), Pending.park if after > 0 else Pending.release
 
     def _end(self, event: wire.Terminal) -> tuple[wire.Terminal, Outcome, Change]:

@@ -320,7 +320,7 @@ class Worker:
         history, tail = await self._load(lease)
         while True:
             action = decide(
-                history, tail.pending, lease.record, now=time.time(), max_attempts=self.settings.max_attempts
+                history, tail.pending, lease.record, now=self._broker.now(), max_attempts=self.settings.max_attempts
             )
             try:
                 match action:
@@ -373,7 +373,7 @@ class Worker:
         for body in bodies:
             pending = tail.pending.settle(*settles) if body is bodies[-1] else tail.pending
             tail = await self._broker.log.append(session, body, kind=Kind.EVENT, after=tail, pending=pending)
-            history.apply(tail.offset, wire.decode(body), time=time.time())
+            history.apply(tail.offset, wire.decode(body), time=self._broker.now())
         return tail
 
     async def _load(self, lease: Lease) -> tuple[History, Tail]:

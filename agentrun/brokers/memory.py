@@ -273,6 +273,10 @@ class MemoryBroker:
         """What this broker can do."""
         return self.state.capabilities
 
+    def now(self) -> float:
+        """See `Broker.now`."""
+        return self.state.clock()
+
     async def __aenter__(self) -> Self:
         await checkpoint()
         return self

@@ -102,6 +102,10 @@ class NatsBroker:
         """Live requests."""
         return self._signals
 
+    def now(self) -> float:
+        """See `Broker.now`."""
+        return self._core.now()
+
     @property
     def connection(self) -> Client:
         """The nats-py client used for queue and signals, for what agentrun does not cover."""

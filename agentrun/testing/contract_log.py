@@ -55,6 +55,17 @@ async def records_come_back_as_they_were_stored(env: Environment) -> None:
 
 
 @check(CHECKS, "L1")
+async def now_is_the_time_that_records_are_stored_by(env: Environment) -> None:
+    """Every connection knows the broker's clock."""
+    async with connections(env, 2) as (one, two):
+        before = one.now()
+        await send(one, "s")
+        (record,) = await everything(two, "s")
+        after = two.now()
+        expect(before - 0.5 < record.time < after + 0.5, f"stored at {record.time}, between {before} and {after}")
+
+
+@check(CHECKS, "L1")
 async def stale_append_is_refused(env: Environment) -> None:
     """An append after an end that is no longer the end is refused, and nothing is stored."""
     async with connections(env, 2) as (one, two):

@@ -106,6 +106,10 @@ class FaultyBroker:
         """Those of the broker inside."""
         return self.inner.capabilities
 
+    def now(self) -> float:
+        """See `Broker.now`."""
+        return self.inner.now()
+
     @property
     def injected(self) -> Counter[str]:
         """How often each fault hit, by its name in `Faults`."""

@@ -122,7 +122,7 @@ class _Run:
             case Began():
                 self._began = note
             case Fault():
-                self._counts["faults"][note.kind] += 1
+                self._counts["faults"][note.kind.partition(",")[0]] += 1  # without the reason why it was not done
                 if not note.kind.startswith(_HARMLESS):
                     self._faults[note.target.partition(" to ")[0]].append(note.at)
             case Deleted():

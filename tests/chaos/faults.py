@@ -162,18 +162,14 @@ class Faults:
         return Plan(worker.name, 0.0, act, [worker.life]) if worker else None
 
     def _clock(self) -> Plan | None:
+        # It stays so until the next jump, or the end of this life.
         worker = self._worker()
-        seconds = self._dice.uniform(1.0, 10.0)
 
         async def act() -> None:
             assert worker is not None
-            life = worker.lives
             worker.signal(signal.SIGUSR2)
-            await anyio.sleep(seconds)
-            if worker.alive and worker.lives == life:
-                worker.signal(signal.SIGUSR2)
 
-        return Plan(worker.name, seconds, act, [worker.life]) if worker else None
+        return Plan(worker.name, 0.0, act, [worker.life]) if worker else None
 
     # -------------------------------------------------------------------------------------------------- servers
 

@@ -94,6 +94,13 @@ def test_a_record_that_is_no_event() -> None:
     assert broken(log) == {Rule.READABLE}
 
 
+def test_an_event_of_a_type_that_is_not_known_and_of_no_attempt() -> None:
+    log = started("w0 ", "w1 ", "w2 ")
+    log.put(b'{"type":"new.type","turn":"t1","attempt":"first"}')
+    log.complete()
+    assert broken(log) == {Rule.READABLE}
+
+
 def test_an_event_of_an_owner_where_anyone_may_append() -> None:
     log = started("w0 ", "w1 ", "w2 ")
     log.put(wire.TextDelta(turn="t1", attempt=1, text="!", index=3), Kind.TURN)
@@ -167,6 +174,12 @@ def test_a_claim_that_another_worker_appended() -> None:
     log.send("t1", "hello")
     log.put(wire.TurnStarted(turn="t1", attempt=1, worker="a-1", lease="x"), by="b-1")
     log.terminal(wire.TurnCancelled, "t1", attempt=1, by="a-1")
+    assert broken(log) == {Rule.OWNER}
+
+
+def test_an_attempt_that_another_worker_completes() -> None:
+    log = started("w0 ", "w1 ", "w2 ")
+    log.complete(by="b-1")
     assert broken(log) == {Rule.OWNER}
 
 
@@ -365,41 +378,6 @@ def test_a_session_that_does_not_come_to_rest() -> None:
 
 
 # -------------------------------------------------------------------------------------------------------------- stops
-
-
-def stopped(log: Log, turn: str, status: str, offset: int, at: float = 900.0) -> set[Rule]:
-    return broken(log, Stopped(session=log.name, turn=turn, status=status, offset=offset, took=0.1, at=at))
-
-
-@pytest.mark.parametrize(
-    ("turn", "status", "offset"),
-    [
-        ("t1", "cancelled", 8),  # another turn's end
-        ("t1", "cancelled", 9),
-        ("t3", "cancelled", 15),  # it completed
-        ("t9", "cancelled", 10),
-        ("", "cancelled", 15),
-        ("t3", "already_ended", 14),
-        ("t9", "already_ended", 0),
-        ("t9", "pending", 7),
-        ("t1", "not_found", 0),
-    ],
-)
-def test_a_receipt_that_is_not_true(turn: str, status: str, offset: int) -> None:
-    assert stopped(logs.cancelled(), turn, status, offset) == {Rule.STOP}
-
-
-def test_a_stop_of_a_turn_that_has_not_ended() -> None:
-    assert stopped(started(), "t1", "already_ended", 2) == {Rule.STOP, Rule.ENDS}
-    assert stopped(started(), "t1", "cancelled", 2) == {Rule.STOP, Rule.ENDS}
-    assert stopped(started(), "t1", "pending", 2) == {Rule.ENDS}
-
-
-def test_a_word_after_a_receipt() -> None:
-    log = started("w0 ")
-    offset = log.terminal(wire.TurnCancelled)
-    log.put(wire.TextDelta(turn="t1", attempt=1, text="w1 ", index=1), Kind.DELTA)
-    assert stopped(log, "t1", "cancelled", offset) == {Rule.OWNER}
 
 
 def test_a_stored_stop_that_is_not_obeyed_by_who_starts_the_turn() -> None:

@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from agentrun import wire
-from agentrun.broker import Broker
+from agentrun.broker import Broker, Kind
 from agentrun.client import Turn
 from agentrun.testing import Settings, memory_environments
 from tests.chaos import logs
@@ -40,7 +40,7 @@ from tests.chaos.evidence import (
     digest,
     read_notes,
 )
-from tests.chaos.logs import EPOCH, Log, broken, broken_in, judge, replaced
+from tests.chaos.logs import EPOCH, Log, broken, broken_in, judge, replaced, started
 from tests.chaos.worker import POINTS, NotingBroker, Points
 from tests.worker.fleet import LEASE, Fleet, Running, eventually, fleet_on
 
@@ -77,6 +77,44 @@ def test_an_acknowledged_record_that_is_not_stored() -> None:
     elsewhere = Acked(worker="a-1", session="nowhere", offset=1, hash="0123456789abcdef")
     for note in (beyond, another, elsewhere):
         assert broken(log, note) == {Rule.ACKED}
+
+
+# -------------------------------------------------------------------------------------------------------------- stops
+
+
+def stopped(log: Log, turn: str, status: str, offset: int, at: float = 900.0) -> set[Rule]:
+    return broken(log, Stopped(session=log.name, turn=turn, status=status, offset=offset, took=0.1, at=at))
+
+
+@pytest.mark.parametrize(
+    ("turn", "status", "offset"),
+    [
+        ("t1", "cancelled", 8),  # another turn's end
+        ("t1", "cancelled", 9),
+        ("t3", "cancelled", 15),  # it completed
+        ("t9", "cancelled", 10),
+        ("", "cancelled", 15),
+        ("t3", "already_ended", 14),
+        ("t9", "already_ended", 0),
+        ("t9", "pending", 7),
+        ("t1", "not_found", 0),
+    ],
+)
+def test_a_receipt_that_is_not_true(turn: str, status: str, offset: int) -> None:
+    assert stopped(logs.cancelled(), turn, status, offset) == {Rule.STOP}
+
+
+def test_a_stop_of_a_turn_that_has_not_ended() -> None:
+    assert stopped(started(), "t1", "already_ended", 2) == {Rule.STOP, Rule.ENDS}
+    assert stopped(started(), "t1", "cancelled", 2) == {Rule.STOP, Rule.ENDS}
+    assert stopped(started(), "t1", "pending", 2) == {Rule.ENDS}
+
+
+def test_a_word_after_a_receipt() -> None:
+    log = started("w0 ")
+    offset = log.terminal(wire.TurnCancelled)
+    log.put(wire.TextDelta(turn="t1", attempt=1, text="w1 ", index=1), Kind.DELTA)
+    assert stopped(log, "t1", "cancelled", offset) == {Rule.OWNER}
 
 
 # ------------------------------------------------------------------------------------------------------------- readers
@@ -382,13 +420,14 @@ def test_a_silence_counts_while_a_turn_runs() -> None:
 def test_the_table_and_the_json_tell_what_was_found() -> None:
     log = logs.plain()
     faults = [Fault(kind="kill", target="a-1", at=3.0), Fault(kind="kill", target="a-1", at=6.0)]
+    faults.append(Fault(kind="leader crash: not done, no answer", target="servers", at=7.0))
     report = judge([log, logs.cancelled()], *faults, Unended(session="plain", pending="13a"))
     table = report.table
     for line in (
         "seed           7",
         "sessions       2, and 0 deleted, which are left out",
         "turns          5: cancelled 2, completed 3",
-        "faults         kill 2",
+        "faults         3: kill 2, leader crash: not done 1",
         "readers        library 4",
         "violations     QUIET 1",
         "  [QUIET] session plain: it did not come to rest, pending is 13a",

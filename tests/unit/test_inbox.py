@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from typing import Any, cast
 
 import pytest
@@ -39,7 +40,7 @@ class Setting:
         self.switch = switch or StopSwitch()
         self.input(wire.TurnRequested(turn="t1", agent="a", input="x"))
         self.history.apply(2, wire.TurnStarted(turn="t1", attempt=1, worker="w", lease="l"))
-        self.inbox = Inbox(self.history, self.history.turns["t1"], 1, self.switch)
+        self.inbox = Inbox(self.history, self.history.turns["t1"], 1, self.switch, time.time)
         self.put = Put(self.history)
 
     def open(self) -> None:

@@ -196,6 +196,7 @@ class Wrapped:
         self.turns = parts.get("turns", broker.turns)
         self.log = parts.get("log", broker.log)
         self.signals = parts.get("signals", broker.signals)
+        self.now = broker.now
 
 
 class Part:
