@@ -23,7 +23,7 @@ from msgspec import Struct
 
 from agentrun import wire
 from agentrun.broker import Broker, Hold, Kind, Record, Tail
-from agentrun.errors import BrokerError, Conflict
+from agentrun.errors import AgentrunError, Conflict, InvalidInput
 
 log = logging.getLogger("agentrun.worker")
 
@@ -270,7 +270,7 @@ class Peers:
                     tail = await self._broker.log.last(hold.session)
                 if tail.pending.running or not tail.pending.ready(hold.offset):
                     return
-        except BrokerError as error:
+        except AgentrunError as error:
             log.warning("session %s: %s; the lease of worker %s will run out", hold.session, error, dead.worker)
 
     async def _is_lost(self, dead: _Peer, hold: Hold) -> bool:
@@ -316,7 +316,10 @@ class Peers:
 
 
 def _event(record: Record) -> wire.AnyEvent | None:
-    return None if record.kind.input else wire.decode(record.body)
+    try:
+        return None if record.kind.input else wire.decode(record.body)
+    except InvalidInput:
+        return None
 
 
 def new_lease(token: str) -> str:

@@ -9,8 +9,10 @@ from tests.brokers.nats_environment import NatsEnvironments
 
 _GROUPS = {
     "processes": ("tests/e2e",),
-    "bench": ("tests/bench", "tests/docs", "tests/brokers/test_nats_cluster.py", "tests/chaos/test_chaos.py"),
+    "bench": ("tests/bench", "tests/docs", "tests/brokers/test_nats_cluster.py"),
     "browser": ("tests/browser", "tests/gateway/test_npm"),
+    "chaos": ("tests/chaos/test_chaos.py", "tests/chaos/test_load.py"),
+    "litellm": ("tests/adapters",),  # it takes seconds to import
 }
 
 
