@@ -19,6 +19,7 @@ from agentrun import wire
 from agentrun.agent import Agent
 from agentrun.broker import Broker, Kind, Lease, Record, Tail
 from agentrun.cancel import Cause, Stop
+from agentrun.dead import DeadLetters, entry_of
 from agentrun.errors import BrokerError, Conflict, InvalidInput, SessionGone, Unavailable
 from agentrun.history import History
 from agentrun.keeper import Keeper
@@ -179,7 +180,9 @@ class Worker:
                     self._broker.signals.listen(WORKERS, self._report),
                     anyio.create_task_group() as turns,
                 ):
-                    shared = Shared(self._broker, self.name, self.settings, pacer, agents)
+                    dead = DeadLetters(self._broker.log)
+                    turns.start_soon(dead.run)
+                    shared = Shared(self._broker, self.name, self.settings, pacer, dead, agents)
                     for agent in self._agents.values():
                         turns.start_soon(self._lease_for, agent, shared, keeper, turns)
                     log.info("worker %s runs %s", self.name, ", ".join(self._agents))
@@ -311,6 +314,10 @@ class Worker:
                         await lease.nack(delay=delay)
                         return
                     case Write(event, settles):
+                        view = history.turns.get(event.turn)
+                        dead = entry_of(lease.session, event, view=view, record=lease.record, after=tail.offset)
+                        if dead is not None:
+                            await shared.dead.report(dead)
                         tail = await self._write(lease.session, event, settles, history, tail)
                     case Run() if self._drain.is_set():
                         await lease.nack()
