@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from anyio.abc import TaskGroup
@@ -28,6 +29,8 @@ class Core:
     skew: float = 0.0
     """The server's clock minus ours, in seconds."""
     tasks: TaskGroup | None = None
+    suspect: Callable[[], None] = lambda: None
+    """Called where something suggests that the streams are no longer what was found."""
     _routes: dict[str, Route] = field(default_factory=dict[str, Route])
 
     @property
