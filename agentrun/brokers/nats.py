@@ -136,7 +136,7 @@ class NatsBroker:
             link.on_closed = self._on_closed
             link.on_nobody = self._watch.look
         self._core.suspect = self._watch.look
-        self._core.reads.on_reconnect.add(self._watch.look)
+        self._core.appends.on_reconnect.add(self._watch.look)
         if self._check:
             tasks.start_soon(self._watch.run)
         return self
