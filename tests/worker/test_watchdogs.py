@@ -232,7 +232,7 @@ async def test_another_number_of_partitions_ends_who_knew_the_old_one(env: NatsE
             await anyio.sleep_forever()
 
     try:
-        with anyio.fail_after(20), pytest.raises(Misconfigured, match="has 2 partitions now, and had 1"):
+        with anyio.fail_after(50), pytest.raises(Misconfigured, match="has 2 partitions now, and had 1"):
             await work()
     finally:
         await api(fleet, f"STREAM.DELETE.{stream_name(env.namespace, 1)}")
