@@ -2,7 +2,7 @@
 
 from agentrun import blocking
 from agentrun.agent import Agent, Context, agent
-from agentrun.client import Client, Event, Receipt, Result, Session, Steer, Turn, connect
+from agentrun.client import Client, DeadTurn, Event, Receipt, Result, Session, Steer, Turn, connect
 from agentrun.errors import (
     AgentrunError,
     BrokerError,
@@ -36,6 +36,7 @@ __all__ = [
     "ClientSettings",
     "Conflict",
     "Context",
+    "DeadTurn",
     "Duplicate",
     "Event",
     "Fail",

@@ -22,10 +22,10 @@ from typing import Any, Concatenate, Generic, ParamSpec, TypeVar
 from anyio.from_thread import BlockingPortal, start_blocking_portal
 
 from agentrun import client as aio
-from agentrun.client import Event, Receipt, Result
+from agentrun.client import DeadTurn, Event, Receipt, Result
 from agentrun.settings import ClientSettings
 
-__all__ = ["Client", "Event", "Receipt", "Result", "Session", "Steer", "Turn", "connect"]
+__all__ = ["Client", "DeadTurn", "Event", "Receipt", "Result", "Session", "Steer", "Turn", "connect"]
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -175,6 +175,15 @@ class Session(_Handle[aio.Session]):
 
 class Client(_Handle[aio.Client]):
     """See `agentrun.client.Client`; made by `connect`."""
+
+    retry_dead = _giving(lambda loop, turns: [Turn(loop, turn) for turn in turns], aio.Client.retry_dead)
+    drop_dead = _call(aio.Client.drop_dead)
+
+    def dead(
+        self, *, session: str | None = None, turn: str | None = None, agent: str | None = None
+    ) -> Generator[DeadTurn]:
+        """See `agentrun.client.Client.dead`. Leaving the loop is safe."""
+        return self._loop.iterate(self._handle.dead(session=session, turn=turn, agent=agent))
 
     def session(self, id: str, *, agent: str | None = None) -> Session:
         """See `agentrun.client.Client.session`."""

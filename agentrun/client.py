@@ -23,8 +23,10 @@ from typing import Any
 import anyio
 from msgspec import Struct
 
+from agentrun import dead as dead_turns
 from agentrun import inputs, reading, wire
 from agentrun.broker import Broker, Tail
+from agentrun.dead import DeadTurn
 from agentrun.errors import Duplicate, InvalidInput, QueueFull, SessionBusy, TurnFailed, TurnNotFound
 from agentrun.history import History, TurnView
 from agentrun.inputs import Receipt
@@ -32,7 +34,7 @@ from agentrun.reading import Event
 from agentrun.settings import ClientSettings
 from agentrun.wire import Message, OnBusy, Usage, check_id
 
-__all__ = ["Client", "Event", "Receipt", "Result", "Session", "Steer", "Turn", "connect"]
+__all__ = ["Client", "DeadTurn", "Event", "Receipt", "Result", "Session", "Steer", "Turn", "connect"]
 
 
 class Result(Struct, frozen=True):
@@ -107,6 +109,58 @@ class Client:
             InvalidInput: An id cannot be one.
         """
         return self.session(session).turn(turn)
+
+    async def dead(
+        self, *, session: str | None = None, turn: str | None = None, agent: str | None = None
+    ) -> AsyncGenerator[DeadTurn]:
+        """The turns that gave up, the oldest first: after their last attempt, or because they could not be run at all.
+
+        Not among them are turns their agent failed on purpose (`Fail`): that is an answer. A turn leaves the list by
+        `retry_dead` or `drop_dead`, when another is sent in its place, and with its session.
+
+        Args:
+            session: Only those of this session.
+            turn: Only the turn of this id.
+            agent: Only those for this agent.
+
+        Raises:
+            Unavailable: The broker is away.
+        """
+        async with aclosing(dead_turns.find(self.broker.log, session=session, turn=turn, agent=agent)) as found:
+            async for dead in found:
+                yield dead
+
+    async def retry_dead(self, *dead: DeadTurn) -> list[Turn]:
+        """Send dead turns again, one after the other, take them off the list, and return the new turns.
+
+        The new turn has the input, agent, user and metadata of the dead one, no deadline, and an id made of the dead
+        one's, so that doing it twice sends it once. It takes the dead one's place in the conversation, as with
+        ``replaces``; where the conversation has gone on since, it is added to its end.
+
+        Raises:
+            InvalidInput: One cannot be sent again: what was rejected is no turn, its request is gone, or it is not
+                dead. Those before it were sent.
+            QueueFull, TooLarge, Unavailable: See `Session.send`. Doing it again is safe.
+        """
+        turns: list[Turn] = []
+        try:
+            for entry in dead:
+                again = await dead_turns.send_again(self.broker.log, entry)
+                session = self.session(entry.session)
+                offset = again.offset or await session._append(again.request, minted=False)  # pyright: ignore[reportPrivateUsage]
+                turns.append(Turn(session, again.request.turn, offset))
+        finally:
+            await self.drop_dead(*dead[: len(turns)])
+        return turns
+
+    async def drop_dead(self, *dead: DeadTurn) -> None:
+        """Take dead turns off the list. Dropping again changes nothing.
+
+        Raises:
+            Unavailable: No outcome within ``settings.send_timeout``.
+        """
+        keys = [entry.key for entry in dead]
+        await dead_turns.settle(self.broker.log, keys, timeout=self.settings.send_timeout)
 
 
 class Session:

@@ -30,6 +30,8 @@ class Input(NamedTuple):
     body: bytes
     agent: str | None = None
     wakes: bool = False
+    pending: Pending | None = None
+    """What is pending once it is stored, where that is not what follows from the rest."""
 
 
 async def append_input(
@@ -58,12 +60,13 @@ async def append_input(
             tail = tail or await log.last(session)
             if (item := await plan(tail)) is None:
                 return None
+            pending = tail.pending if item.agent is None else tail.pending.add(tail.next, wakes=item.wakes)
             return await log.append(
                 session,
                 item.body,
                 kind=Kind.CANCEL if item.agent is None else Kind.TURN,
                 after=tail,
-                pending=tail.pending if item.agent is None else tail.pending.add(tail.next, wakes=item.wakes),
+                pending=pending if item.pending is None else item.pending,
                 agent=item.agent,
                 dedupe=dedupe,
                 timeout=max(end - time.monotonic(), 0.01),

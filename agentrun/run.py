@@ -17,6 +17,7 @@ from agentrun import wire
 from agentrun.agent import Agent, Context
 from agentrun.broker import Broker, Kind, Lease, Pending, Tail
 from agentrun.cancel import Cause, Stop, StopSwitch
+from agentrun.dead import DeadLetters, entry_of
 from agentrun.errors import AuthorSignal, Fail, Fenced, Retry, SessionGone, Unavailable
 from agentrun.history import History, TurnView
 from agentrun.inbox import Inbox
@@ -43,6 +44,7 @@ class Shared(Struct, frozen=True):
     worker: str
     settings: WorkerSettings
     pacer: Pacer
+    dead: DeadLetters
     agents: TaskGroup
     """Where agents run: one that ignores its stop outlives its turn, and is reported."""
 
@@ -299,8 +301,13 @@ class Attempt:
     async def _conclude(self) -> Outcome:
         try:
             await self._publisher.close()
+            reported = False
             while True:
                 event, outcome, change = self._last_word()
+                if not reported and isinstance(event, wire.TurnFailed) and not isinstance(self._failure, Fail):
+                    reported = True
+                    await self._report_dead(event)
+                    continue
                 *pieces, last = wire.split(event, self._capabilities.max_body)
                 for body in pieces:
                     await self._writer.append(body, Kind.EVENT)
@@ -314,6 +321,12 @@ class Attempt:
         if isinstance(event, wire.TERMINAL):
             self._inbox.over(event, tail.offset)
         return outcome
+
+    async def _report_dead(self, event: wire.TurnFailed) -> None:
+        after = self._writer.tail.offset
+        dead = entry_of(self._session, event, view=self._view, record=self._carrier, after=after)
+        assert dead is not None
+        await self._shared.dead.report(dead)
 
     def _last_word(self) -> tuple[wire.OutputEvent, Outcome, Change]:
         stop = self._switch.stop

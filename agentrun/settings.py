@@ -71,7 +71,7 @@ class GatewaySettings(Struct, frozen=True, kw_only=True):
     durable_seconds: float = 60.0
     """The same for SSE in the dialect of Durable Streams, whose clients expect about a minute."""
     retry: float = 0.5
-    """What an EventSource is told to wait before it connects again."""
+    """What an EventSource is told to wait before it connects again, and up to twice that at random."""
     long_poll: float = 60.0
     """The longest wait a long poll may ask for."""
     send_timeout: float = 30.0

@@ -19,6 +19,7 @@ from agentrun import wire
 from agentrun.agent import Agent
 from agentrun.broker import Broker, Hold, Kind, Lease, Record, Tail
 from agentrun.cancel import Cause, Stop
+from agentrun.dead import DeadLetters, entry_of
 from agentrun.errors import BrokerError, Conflict, InvalidInput, SessionGone, Unavailable
 from agentrun.history import History
 from agentrun.keeper import Keeper
@@ -182,7 +183,9 @@ class Worker:
                 ):
                     if self.settings.lost_after > 0:
                         turns.start_soon(self._peers(keeper).run)
-                    shared = Shared(self._broker, self.name, self.settings, pacer, agents)
+                    dead = DeadLetters(self._broker.log)
+                    turns.start_soon(dead.run)
+                    shared = Shared(self._broker, self.name, self.settings, pacer, dead, agents)
                     for agent in self._agents.values():
                         turns.start_soon(self._lease_for, agent, shared, keeper, turns)
                     log.info("worker %s runs %s", self.name, ", ".join(self._agents))
@@ -331,6 +334,10 @@ class Worker:
                         await lease.nack(delay=delay)
                         return
                     case Write(event, settles):
+                        view = history.turns.get(event.turn)
+                        dead = entry_of(lease.session, event, view=view, record=lease.record, after=tail.offset)
+                        if dead is not None:
+                            await shared.dead.report(dead)
                         tail = await self._write(lease.session, event, settles, history, tail)
                     case Run() if self._drain.is_set():
                         await lease.nack()

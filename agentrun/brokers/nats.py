@@ -23,6 +23,7 @@ from agentrun.brokers.nats_log import NatsLog
 from agentrun.brokers.nats_queue import NatsQueue
 from agentrun.brokers.nats_read import Reader
 from agentrun.brokers.nats_signals import NatsSignals
+from agentrun.brokers.nats_watch import Watch
 from agentrun.errors import Unavailable
 from agentrun.wire import check_id
 
@@ -72,6 +73,7 @@ class NatsBroker:
         self._log = NatsLog(self._core, reader)
         self._signals = NatsSignals(self._core, self._beats)
         self._admin = NatsAdmin(self._core, streams or Streams())
+        self._watch = Watch(self._core, min_dedupe_window)
 
     @property
     def capabilities(self) -> Capabilities:
@@ -136,6 +138,11 @@ class NatsBroker:
         self._core.tasks = tasks
         for link in links:
             link.on_closed = self._on_closed
+            link.on_nobody = self._watch.look
+        self._core.suspect = self._watch.look
+        self._core.appends.on_reconnect.add(self._watch.look)
+        if self._check:
+            tasks.start_soon(self._watch.run)
         return self
 
     def _on_closed(self, reason: str) -> None:

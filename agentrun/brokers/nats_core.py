@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from anyio.abc import TaskGroup
@@ -35,6 +36,8 @@ class Core:
     _shift: float | None = None
     """The wall clock minus the steady one, when looked at last."""
     tasks: TaskGroup | None = None
+    suspect: Callable[[], None] = lambda: None
+    """Called where something suggests that the streams are no longer what was found."""
     _routes: dict[str, Route] = field(default_factory=dict[str, Route])
 
     @property

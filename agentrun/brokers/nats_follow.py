@@ -112,7 +112,8 @@ class Follower:
 
     async def _step(self) -> Sequence[Record]:
         if self._behind:
-            return await self._catch_up()
+            async with self._reader.catching_up(self._route):
+                return await self._catch_up()
         if records := self._drain():
             return records
         if self._behind:

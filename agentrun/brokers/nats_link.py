@@ -158,6 +158,8 @@ class Link:
         self.client: Client = _Client()
         self.on_reconnect: set[Callable[[], None]] = set()
         self.on_closed: Callable[[str], None] = lambda _reason: None
+        self.on_nobody: Callable[[], None] = lambda: None
+        """Called when a request that may be repeated finds nobody to answer it."""
         self.last_error = ""
         self._closing = False
         self._begun = False
@@ -399,6 +401,8 @@ class Link:
                     why = "no answer" if msg is None else "nobody answers there (is JetStream on, the stream there?)"
                 if msg is not None and status(msg) != "503":
                     return msg
+                if msg is not None:
+                    self.on_nobody()
                 await anyio.sleep(pause * random.uniform(0.5, 1.0))  # noqa: S311
                 pause = min(pause * 2, 0.25)
         raise Unavailable(f"{subject} at {self.options.shown}: {why or self.gone}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import random
 import time
 from collections import deque
 from contextlib import suppress
@@ -32,7 +33,12 @@ SETTLE = 5.0
 
 ACK_PREFIX = "$JS.ACK."
 
+SHORTEST_PAUSE = 0.5
+LONGEST_PAUSE = 5.0
+"""Seconds between two tries to use a queue that is not there."""
+
 _NO_CONSUMER = 10014
+_NO_STREAM = 10059
 _NS = 1_000_000_000
 
 
@@ -120,6 +126,7 @@ class _Puller:
 
     def __init__(self, queue: NatsQueue, core: Core, agent: _Agent, partition: int) -> None:
         self._queue = queue
+        self._core = core
         self._link = core.queue
         self._agent = agent
         self._partition = partition
@@ -129,6 +136,7 @@ class _Puller:
         self._open = False
         """Whether the current request waits at the server."""
         self._trouble = ""
+        self._said = ""
         self._closing = False
         self._sign = anyio.Event()
 
@@ -136,17 +144,22 @@ class _Puller:
         """Pull for ever."""
         subscription = await self._link.subscribe(f"{self._inbox}.*", self._on_message)
         self._link.on_reconnect.add(self._restart)
+        pause = SHORTEST_PAUSE
         try:
             while True:
                 while self._agent.demand <= 0:
                     await self._agent.changed.wait()
                 try:
+                    if self._trouble:
+                        await self._mend()
+                    pause = SHORTEST_PAUSE
                     await self._pull()
                 except NotConnected:
                     await anyio.sleep(0.1)
                 except AgentrunError as error:
-                    log.warning("queue of agent %s, partition %d: %s", self._agent.name, self._partition, error)
-                    await anyio.sleep(1.0)
+                    self._say(f"{error}; it is tried again")
+                    await anyio.sleep(pause * random.uniform(0.5, 1.0))  # noqa: S311 - spreads workers, no secret
+                    pause = min(2 * pause, LONGEST_PAUSE)
         finally:
             self._link.on_reconnect.discard(self._restart)
             # The server may be sending an input at this moment: it must not wait for its lease to run out.
@@ -158,12 +171,19 @@ class _Puller:
         self._open = False
         self._sign.set()
 
+    def _say(self, what: str) -> None:
+        """Log it, unless it is what was said last."""
+        if self._said != what:
+            self._said = what
+            log.warning("queue of agent %s, partition %d: %s", self._agent.name, self._partition, what)
+
+    async def _mend(self) -> None:
+        await anyio.sleep(random.uniform(0.1, 0.5))  # noqa: S311 - spreads workers, no secret
+        await self._queue.ensure(self._agent.name, self._partition, self._agent.lease_ttl)
+        self._say(f"{self._trouble}; it is there again")
+        self._trouble = self._said = ""
+
     async def _pull(self) -> None:
-        if self._trouble:
-            trouble, self._trouble = self._trouble, ""
-            log.warning("queue of agent %s, partition %d: %s", self._agent.name, self._partition, trouble)
-            await anyio.sleep(0.25)
-            await self._queue.ensure(self._agent.name, self._partition, self._agent.lease_ttl)
         waits = max(w.until for w in self._agent.waiters) - time.monotonic() if self._agent.waiters else 0.0
         expires = min(max(waits, 0.05), LONGEST_PULL)
         request: dict[str, Any] = {"batch": 1, "expires": int(expires * _NS)}
@@ -202,7 +222,8 @@ class _Puller:
         if state != "100":
             self._open = False
             if state == "503" or (state == "409" and "Deleted" in (msg.headers or {}).get("Description", "")):
-                self._trouble = f"the consumer or its stream is not there ({state})"
+                self._trouble = f"its consumer was gone ({state})"
+                self._core.suspect()
         self._sign.set()
 
 
@@ -259,6 +280,8 @@ class NatsQueue:
             reply = await self._core.queue.api(f"CONSUMER.CREATE.{stream}.{name}.{filter}", request)
             if isinstance(reply, ApiError):  # somebody else made it at the same time, with another lease time
                 reply = await self._core.queue.api(f"CONSUMER.INFO.{stream}.{name}")
+        if isinstance(reply, ApiError) and reply.err_code == _NO_STREAM:
+            raise Misconfigured(f"stream {stream} is not there: run `agentrun setup`")
         if isinstance(reply, ApiError):
             raise Misconfigured(f"the queue of agent {agent} in {stream} cannot be used: {reply.description}")
         found = msgspec.json.decode(reply, type=_Consumer).config

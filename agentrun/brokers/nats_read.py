@@ -20,6 +20,9 @@ BATCH = 500
 BATCH_BYTES = 1 << 20
 BATCHES_AT_ONCE = 16
 """Times BATCH_BYTES (and one record over) stays well below what a server keeps for a client, or the client for us."""
+CATCH_UPS_AT_ONCE = 32
+"""Followers of a stream that read at once. After a reconnect all of them want to: thousands of requests at a time would
+be answered too late, sent again, and be ever more."""
 NEAR = 32
 """A search ends when at most so many records too many would be read."""
 
@@ -54,6 +57,13 @@ class Reader:
     def __init__(self, core: Core) -> None:
         self._core = core
         self._batches = anyio.Semaphore(BATCHES_AT_ONCE)
+        self._catching_up: dict[str, anyio.Semaphore] = {}
+
+    def catching_up(self, route: Route) -> anyio.Semaphore:
+        """What a follower holds while it reads. A stream that does not answer holds up its own followers only."""
+        if route.stream not in self._catching_up:
+            self._catching_up[route.stream] = anyio.Semaphore(CATCH_UPS_AT_ONCE)
+        return self._catching_up[route.stream]
 
     async def get(self, route: Route, query: Mapping[str, Any], *, leader: bool = False) -> Stored | None:
         """One message, from the stream's leader or from any of its servers (which may lag behind)."""

@@ -28,6 +28,7 @@ _COMMANDS = {
     "delete": ("agentrun.cli.read:delete", "Remove a session with all its records."),
     "sessions": ("agentrun.cli.admin:sessions", "List the sessions, newest first."),
     "status": ("agentrun.cli.admin:status", "Show queues, workers and running turns."),
+    "dead": ("agentrun.cli.dead:dead", "List turns that gave up; send them again, or drop them."),
     "demo": ("agentrun.cli.demo:demo", "Watch a fleet survive what breaks others."),
     "bench": ("agentrun.cli.bench:bench", "Measure this machine and broker."),
 }

@@ -185,7 +185,8 @@ async def pump(
         over: Whether ``pick`` has seen the last event there is.
         pick: Which events to write; all if not given.
     """
-    await writer.write(b"retry: %d\n\n" % round(settings.retry * 1000))
+    retry = settings.retry * random.uniform(1.0, 2.0)  # noqa: S311 - a gateway that died leaves many at once
+    await writer.write(b"retry: %d\n\n" % round(retry * 1000))
     while not over():
         left = deadline - time.monotonic()
         if left <= 0:

@@ -37,6 +37,7 @@ class Proxy:
         self._server: asyncio.Server | None = None
         self._writers: set[asyncio.StreamWriter] = set()
         self._tasks: set[asyncio.Task[None]] = set()
+        self._frozen: set[asyncio.StreamWriter] = set()
         self.losing = 0
         """How many answers to appends are still to be lost."""
         self.lost = 0
@@ -65,6 +66,10 @@ class Proxy:
         for writer in tuple(self._writers):
             writer.transport.abort()
 
+    def freeze(self) -> None:
+        """Pass nothing any more on the connections there are now, which stay open. New ones work."""
+        self._frozen.update(self._writers)
+
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         task = asyncio.current_task()
         assert task is not None
@@ -84,13 +89,15 @@ class Proxy:
             for end in ends:
                 end.transport.abort()
             self._writers.difference_update(ends)
+            self._frozen.difference_update(ends)
             await asyncio.gather(upward, return_exceptions=True)
 
     async def _upward(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         with suppress(OSError):
             while data := await reader.read(65536):
-                writer.write(data)
-                await writer.drain()
+                if writer not in self._frozen:
+                    writer.write(data)
+                    await writer.drain()
         writer.transport.abort()
 
     async def _downward(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -103,8 +110,9 @@ class Proxy:
                     self.lost += 1
                     continue
                 frame += body
-            writer.write(frame)
-            await writer.drain()
+            if writer not in self._frozen:
+                writer.write(frame)
+                await writer.drain()
 
 
 class NatsEnvironment(Environment):

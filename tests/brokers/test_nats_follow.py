@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import random
 from collections.abc import AsyncGenerator
+from typing import Any
 
 import anyio
 import anyio.to_thread
 import pytest
 
 from agentrun.broker import Kind, Pending, Tail
-from agentrun.brokers import nats_follow
+from agentrun.brokers import nats_follow, nats_read
 from agentrun.brokers.nats import NatsBroker
 from agentrun.brokers.nats_follow import Follower
 from agentrun.brokers.nats_link import Msg
@@ -276,3 +277,58 @@ async def test_what_is_no_record_on_the_live_subject_does_no_harm(
     assert [record.message for record in caplog.records if record.levelname == "WARNING"] == [
         f"a message on {subject} cannot be used"
     ]
+
+
+@pytest.mark.parametrize("deltas", [True, False])
+async def test_readers_that_come_back_together_ask_by_and_by(env: NatsEnvironment, deltas: bool) -> None:
+    """Each reads what it missed; asked all at once, a server that is slow would be asked again and again."""
+    count = 300
+    async with (
+        Proxy(env.server.port) as proxy,
+        env.broker(proxy.url) as broker,
+        env.broker() as writer,
+        anyio.create_task_group() as group,
+    ):
+        seen: dict[int, int] = {}
+        asked = 0
+        reads = broker._core.reads
+        publish = reads.publish
+
+        async def counting(subject: str, *arguments: Any, **more: Any) -> None:
+            nonlocal asked
+            asked += "DIRECT.GET" in subject
+            await publish(subject, *arguments, **more)
+
+        reads.publish = counting  # type: ignore[method-assign]
+
+        async def read(n: int) -> None:
+            async with broker.log.follow(f"s{n}", deltas=deltas) as lists:
+                async for records in lists:
+                    seen[n] = records[-1].offset
+
+        async def write_all(count_each: int) -> None:
+            for n in range(count):
+                await write(writer, f"s{n}", count_each)
+
+        async def until(offset: int) -> int:
+            """Wait until all have it; the most requests that were under way at a time."""
+            most = 0
+            with anyio.fail_after(50):
+                while len(seen) < count or min(seen.values()) < offset:
+                    most = max(most, len(reads._slots))
+                    await anyio.sleep(0.001)
+            return most
+
+        await write_all(1)
+        for n in range(count):
+            group.start_soon(read, n)
+        await until(1)
+        proxy.refusing = True
+        proxy.cut()
+        await write_all(1)
+        asked = 0
+        proxy.refusing = False
+        # Without deltas a reader has two requests under way at a time.
+        assert await until(2) <= 2 * nats_read.CATCH_UPS_AT_ONCE + 5
+        assert asked <= 12 * count
+        group.cancel_scope.cancel()

@@ -6,12 +6,14 @@ from collections.abc import Iterator
 from concurrent.futures import CancelledError, ThreadPoolExecutor
 from typing import Any
 
+import anyio
 import pytest
 from scripted_owner import Owner
 
 import agentrun
 from agentrun import blocking, client, wire
 from agentrun.brokers.memory import MemoryBroker
+from agentrun.dead import DeadLetters, DeadTurn
 from agentrun.errors import InvalidInput, NotWaiting, TurnFailed
 
 
@@ -22,6 +24,17 @@ class Setting:
         self.client = client
         self.session = client.session("s")
         self.owner = Owner(broker)
+
+    async def give_up(self, turn: str, at: int) -> None:
+        log = self.owner.broker.log
+        letters = DeadLetters(log)
+        async with anyio.create_task_group() as group:
+            group.start_soon(letters.run)
+            await letters.report(DeadTurn(session="s", turn=turn, agent="echo", offset=at, after=at, time=float(at)))
+            group.cancel_scope.cancel()
+        error = wire.ErrorInfo("max_attempts", "gave up after 5 attempts")
+        failed = wire.TurnFailed(turn=turn, turn_offset=at, error=error)
+        await self.owner.append(failed, lambda pending: pending.settle(at))
 
     def do(self, function: Any, *args: Any, **options: Any) -> Any:
         return self.client._loop.call(function, *args, **options)  # pyright: ignore[reportPrivateUsage]
@@ -73,6 +86,19 @@ def test_steering_and_answers(setting: Setting) -> None:
     assert turn.answer("q1", True) == 6
     with pytest.raises(NotWaiting):
         turn.answer("q1", False)
+
+
+def test_dead_turns_are_listed_retried_and_dropped(setting: Setting) -> None:
+    for turn in ("t1", "t2"):
+        setting.session.send("hello", id=turn)
+    for at, turn in enumerate(("t1", "t2"), 1):
+        setting.do(setting.give_up, turn, at)
+    first, second = setting.client.dead()
+    assert (first.turn, second.turn) == ("t1", "t2")
+    (again,) = setting.client.retry_dead(first)
+    assert (again.id, again.session.id) == ("t1-retry1", "s")
+    setting.client.drop_dead(second)
+    assert list(setting.client.dead()) == []
 
 
 def test_errors_come_as_they_are(setting: Setting) -> None:
