@@ -8,6 +8,7 @@ import time
 import traceback
 import uuid
 from collections.abc import Iterator
+from copy import deepcopy
 from typing import Any, cast
 
 import anyio
@@ -45,6 +46,14 @@ class Shared(Struct, frozen=True):
     pacer: Pacer
     agents: TaskGroup
     """Where agents run: one that ignores its stop outlives its turn, and is reported."""
+
+
+class Ended(Struct, frozen=True):
+    """A turn's end: the session folded up to it, the session's end there, and the turn's last record."""
+
+    history: History
+    tail: Tail
+    body: bytes
 
 
 class HandedBack(Struct, frozen=True):
@@ -101,6 +110,8 @@ class Attempt:
         self._by_itself = False
         self._claim_after = tail
         self.started = 0.0
+        self.ended: Ended | None = None
+        """What the attempt leaves if it has ended the turn."""
         self._writer: SessionWriter
         self._publisher: Publisher
         self._ctx: Context
@@ -195,7 +206,7 @@ class Attempt:
             self,
             session=self._session,
             attempt=self._number,
-            request=self._request,
+            request=deepcopy(self._request),
             messages=self._history.messages(until=self.turn),
             partial=self._partial,
         )
@@ -313,7 +324,14 @@ class Attempt:
             return Lost()
         if isinstance(event, wire.TERMINAL):
             self._inbox.over(event, tail.offset)
+            self._leave(tail, pieces, last)
         return outcome
+
+    def _leave(self, tail: Tail, pieces: list[bytes], last: bytes) -> None:
+        # Only what the log would tell as well, and nothing that an author's code may hold.
+        if not pieces and self._partial is None and self._history.offset < tail.offset:
+            self._history.apply(tail.offset, wire.decode(last), time=tail.time)
+            self.ended = Ended(self._history, tail, last)
 
     def _last_word(self) -> tuple[wire.OutputEvent, Outcome, Change]:
         stop = self._switch.stop
