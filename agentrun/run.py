@@ -7,7 +7,7 @@ import math
 import time
 import traceback
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from copy import deepcopy
 from typing import Any, cast
 
@@ -110,8 +110,8 @@ class Attempt:
         self._by_itself = False
         self._claim_after = tail
         self.started = 0.0
-        self.ended: Ended | None = None
-        """What the attempt leaves if it has ended the turn."""
+        self.on_ended: Callable[[Ended], None] | None = None
+        """Told at once of the turn's end, since the session's next turn may begin at once."""
         self._writer: SessionWriter
         self._publisher: Publisher
         self._ctx: Context
@@ -329,9 +329,9 @@ class Attempt:
 
     def _leave(self, tail: Tail, pieces: list[bytes], last: bytes) -> None:
         # Only what the log would tell as well, and nothing that an author's code may hold.
-        if not pieces and self._partial is None and self._history.offset < tail.offset:
+        if self.on_ended is not None and not pieces and self._partial is None:
             self._history.apply(tail.offset, wire.decode(last), time=tail.time)
-            self.ended = Ended(self._history, tail, last)
+            self.on_ended(Ended(self._history, tail, last))
 
     def _last_word(self) -> tuple[wire.OutputEvent, Outcome, Change]:
         stop = self._switch.stop

@@ -9,6 +9,7 @@ import signal
 import time
 import uuid
 from collections.abc import Sequence
+from functools import partial
 
 import anyio
 import msgspec
@@ -25,7 +26,7 @@ from agentrun.keeper import Keeper
 from agentrun.plan import Drop, HandBack, Run, Write, decide, input_of
 from agentrun.publish import Pacer
 from agentrun.recent import NOTHING, Known, Recent, goes_on, weight
-from agentrun.run import Attempt, HandedBack, Lost, Shared
+from agentrun.run import Attempt, Ended, HandedBack, Lost, Shared
 from agentrun.settings import WorkerSettings
 
 log = logging.getLogger("agentrun.worker")
@@ -322,13 +323,14 @@ class Worker:
                         agent = self._agents[turn.agent]
                         attempt = Attempt(shared, agent, lease.session, lease.record, history, turn, tail)
                         attempts.append(attempt)
+                        attempt.on_ended = partial(self._keep, lease.session, heavy)
                         await self._attempt(attempt, agent.name, carrier)
-                        if (end := attempt.ended) is not None:
-                            known = Known(end.history, end.tail, heavy + weight(end.body))
-                            self._recent.put(lease.session, known)
                         return
             except Conflict:
                 history, tail, heavy = await self._load(lease)
+
+    def _keep(self, session: str, heavy: int, end: Ended) -> None:
+        self._recent.put(session, Known(end.history, end.tail, heavy + weight(end.body)))
 
     async def _attempt(self, attempt: Attempt, agent: str, carrier: _Carrier) -> None:
         key = (carrier.lease.session, carrier.lease.record.offset)
