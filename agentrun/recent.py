@@ -10,7 +10,7 @@ from agentrun.broker import Record, Tail
 from agentrun.history import History
 
 LIMIT = 64 << 20
-"""What all of them together may weigh; their objects take two to four times that of memory."""
+"""What all of them together may weigh, in bytes; they take about as much memory."""
 _OVERHEAD = 500
 
 
