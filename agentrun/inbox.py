@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from copy import deepcopy
 from typing import Any, NoReturn
 
 import anyio
@@ -124,8 +125,8 @@ class Inbox:
         if not isinstance(event, wire.TurnCancel):
             return None
         if event.all:
-            for view in self._history.turns.values():
-                if view is not self._view and not view.ended and view.stop is None:
+            for view in self._history.open:
+                if view is not self._view and view.stop is None:
                     view.stop = event
             self._cancel_waiting()
             return await self._stop_running(event)
@@ -164,8 +165,8 @@ class Inbox:
             moved = self._moved
             now = self._clock()
             soonest = math.inf
-            for view in list(self._history.turns.values()):
-                deadline = view.request.deadline if view.request is not None and not view.ended else None
+            for view in self._history.open:
+                deadline = view.request.deadline if view.request is not None else None
                 if deadline is None or view.id in self._taken:
                     continue
                 if now < deadline:
@@ -184,14 +185,14 @@ class Inbox:
         """Consume the steering turns that wait."""
         publisher = await self._open_publisher()
         taken: list[wire.TurnRequested] = []
-        for view in self._history.turns.values():
+        for view in self._history.open:
             request = view.request
             if request is None or request.on_busy != "steer" or view.state != "queued" or view.attempt > 0:
                 continue
             if view.offset <= self._view.offset or view.stop is not None or view.id in self._taken:
                 continue
             self._taken.add(view.id)
-            taken.append(request)
+            taken.append(deepcopy(request))
             publisher.put(wire.SteerConsumed(steer=view.id, offset=view.offset), _settle(view.offset))
         if taken:
             await publisher.flush()

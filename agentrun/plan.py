@@ -84,7 +84,7 @@ def cancelled(turn: TurnView) -> wire.TurnCancelled:
 
 def stopped(history: History) -> Iterator[TurnView]:
     """Return the turns that are to be stopped and have not ended, in the order sent."""
-    for turn in history.turns.values():
+    for turn in history.open:
         if not turn.ended and (turn.stop is not None or turn.interrupted_by is not None):
             yield turn
 

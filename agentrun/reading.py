@@ -17,6 +17,10 @@ from agentrun.snapshot import CARRIERS, Hole, snapshot_for
 __all__ = ["Event", "Fold", "Reader", "ends_of", "follow", "load_history", "read_to_end"]
 
 _PAGE = 1000
+_FIRST = 100
+"""Records of the first page, so that the first event comes soon."""
+_LASTING = 10_000
+"""Records read at a time where deltas are left out; what a broker read too much for a page is read again."""
 _AHEAD = 50
 """Records read at a time while looking for what a hole held; the answer is seldom far."""
 _AT_ONCE = 100
@@ -204,11 +208,14 @@ async def read_to_end(log: SessionLog, session: str, *, after: int = 0) -> Async
     tail = await _end_after(log, session, after)
     reader = Reader(log, session, after=after)
     pauses = iter(_LAG)
+    limit = _FIRST
     while reader.offset < tail.offset:
-        records = await log.read(session, after=reader.offset, limit=_PAGE)
+        records = await log.read(session, after=reader.offset, limit=limit)
         for event in await reader.take([r for r in records if r.offset <= tail.offset]):
             yield event
-        if len(records) < _PAGE and reader.offset < tail.offset:
+        full = len(records) == limit
+        limit = _PAGE
+        if not full and reader.offset < tail.offset:
             # A replica that lags, or the last deltas have expired just now.
             pause = next(pauses, None)
             if pause is None:
@@ -324,9 +331,9 @@ async def load_history(log: SessionLog, session: str) -> History:
     """Fold a session: its lasting records, and the deltas of the turn in flight behind the last message stored."""
     reader = Reader(log, session, holes=False)
     lasting: list[Event] = []
-    while records := await log.read(session, after=reader.offset, deltas=False, limit=_PAGE):
+    while records := await log.read(session, after=reader.offset, deltas=False, limit=_LASTING):
         lasting += await reader.take(records)
-        if len(records) < _PAGE:
+        if len(records) < _LASTING:
             break
     last_message = max((e.offset for e in lasting if isinstance(e.data, CARRIERS)), default=0)
     history = History()

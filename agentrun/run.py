@@ -6,7 +6,8 @@ import logging
 import math
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from copy import deepcopy
 from typing import Any, cast
 
 import anyio
@@ -47,6 +48,14 @@ class Shared(Struct, frozen=True):
     dead: DeadLetters
     agents: TaskGroup
     """Where agents run: one that ignores its stop outlives its turn, and is reported."""
+
+
+class Ended(Struct, frozen=True):
+    """A turn's end: the session folded up to it, the session's end there, and the turn's last record."""
+
+    history: History
+    tail: Tail
+    body: bytes
 
 
 class HandedBack(Struct, frozen=True):
@@ -103,6 +112,8 @@ class Attempt:
         self._by_itself = False
         self._claim_after = tail
         self.started = 0.0
+        self.on_ended: Callable[[Ended], None] | None = None
+        """Told at once of the turn's end, since the session's next turn may begin at once."""
         self._writer: SessionWriter
         self._publisher: Publisher
         self._ctx: Context
@@ -197,7 +208,7 @@ class Attempt:
             self,
             session=self._session,
             attempt=self._number,
-            request=self._request,
+            request=deepcopy(self._request),
             messages=self._history.messages(until=self.turn),
             partial=self._partial,
         )
@@ -320,6 +331,7 @@ class Attempt:
             return Lost()
         if isinstance(event, wire.TERMINAL):
             self._inbox.over(event, tail.offset)
+            self._leave(tail, pieces, last)
         return outcome
 
     async def _report_dead(self, event: wire.TurnFailed) -> None:
@@ -327,6 +339,12 @@ class Attempt:
         dead = entry_of(self._session, event, view=self._view, record=self._carrier, after=after)
         assert dead is not None
         await self._shared.dead.report(dead)
+
+    def _leave(self, tail: Tail, pieces: list[bytes], last: bytes) -> None:
+        # Only what the log would tell as well, and nothing that an author's code may hold.
+        if self.on_ended is not None and not pieces and self._partial is None:
+            self._history.apply(tail.offset, wire.decode(last), time=tail.time)
+            self.on_ended(Ended(self._history, tail, last))
 
     def _last_word(self) -> tuple[wire.OutputEvent, Outcome, Change]:
         stop = self._switch.stop

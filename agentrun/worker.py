@@ -9,6 +9,7 @@ import signal
 import time
 import uuid
 from collections.abc import Sequence
+from functools import partial
 
 import anyio
 import msgspec
@@ -26,7 +27,8 @@ from agentrun.keeper import Keeper
 from agentrun.peers import Peers
 from agentrun.plan import Drop, HandBack, Run, Write, decide, input_of
 from agentrun.publish import Pacer
-from agentrun.run import Attempt, HandedBack, Lost, Shared
+from agentrun.recent import NOTHING, Known, Recent, goes_on, weight
+from agentrun.run import Attempt, Ended, HandedBack, Lost, Shared
 from agentrun.settings import WorkerSettings
 
 log = logging.getLogger("agentrun.worker")
@@ -35,7 +37,8 @@ WORKERS = "workers"
 """The signal channel on which every worker answers who it is."""
 
 _LEASERS = 8
-_PAGE = 1000
+_PAGE = 10_000
+"""Records read at a time."""
 _LAST_APPENDS = 5.0
 """Seconds turns that are handed back get to say so in the log."""
 
@@ -102,6 +105,7 @@ class Worker:
             raise InvalidInput(f"a worker needs agents of different names, not {[a.name for a in agents]}")
         self._attempts: dict[Attempt, str] = {}
         self._carried: dict[tuple[str, int], _Carrier] = {}
+        self._recent = Recent()
         self._drain = anyio.Event()
         self._now = anyio.Event()
         self._idle = anyio.Event()
@@ -320,7 +324,7 @@ class Worker:
 
     async def _carry(self, carrier: _Carrier, shared: Shared, attempts: list[Attempt]) -> None:
         lease = carrier.lease
-        history, tail = await self._load(lease)
+        history, tail, heavy = await self._load(lease)
         while True:
             action = decide(
                 history, tail.pending, lease.record, now=self._broker.now(), max_attempts=self.settings.max_attempts
@@ -346,10 +350,14 @@ class Worker:
                         agent = self._agents[turn.agent]
                         attempt = Attempt(shared, agent, lease, history, turn, tail)
                         attempts.append(attempt)
+                        attempt.on_ended = partial(self._keep, lease.session, heavy)
                         await self._attempt(attempt, agent.name, carrier)
                         return
             except Conflict:
-                history, tail = await self._load(lease)
+                history, tail, heavy = await self._load(lease)
+
+    def _keep(self, session: str, heavy: int, end: Ended) -> None:
+        self._recent.put(session, Known(end.history, end.tail, heavy + weight(end.body)))
 
     async def _attempt(self, attempt: Attempt, agent: str, carrier: _Carrier) -> None:
         key = (carrier.lease.session, carrier.lease.record.offset)
@@ -383,15 +391,15 @@ class Worker:
             history.apply(tail.offset, wire.decode(body), time=self._broker.now())
         return tail
 
-    async def _load(self, lease: Lease) -> tuple[History, Tail]:
-        """Fold the session to its end: what lasts of it all, and the deltas of a turn that was begun."""
-        records = await self._read(lease.session, after=0, deltas=False)
-        history = _fold(records)
-        begun = next((t for t in history.turns.values() if t.attempt > 0 and not t.ended), None)
+    async def _load(self, lease: Lease) -> tuple[History, Tail, int]:
+        """Fold the session to its end: what lasts of it all, and the deltas of a turn that was begun; weigh it."""
+        known, records = await self._news(lease.session)
+        history = _fold(known.history, records)
+        begun = next((turn for turn in history.open if turn.attempt > 0), None)
         if begun is not None:
             before = [r for r in records if r.offset <= begun.offset]
             records = before + await self._read(lease.session, after=begun.offset, deltas=True)
-            history = _fold(records, dense_after=begun.offset)
+            history = _fold(known.history, records, dense_after=begun.offset)
         if not records:
             raise SessionGone(f"session {lease.session} was deleted")
         tail = records[-1].tail
@@ -402,7 +410,17 @@ class Worker:
                 tail = last
             if tail.lost:
                 history.apply(tail.next - 1, wire.Gap(from_=tail.offset + 1, to=tail.next - 1))
-        return history, tail
+        return history, tail, known.weight + weight(*(r.body for r in records))
+
+    async def _news(self, session: str) -> tuple[Known, list[Record]]:
+        """What is known of the session, and its lasting records from there on."""
+        if (known := self._recent.get(session)) is not None:
+            # From the last record that is known, so that it is seen to be there.
+            records = await self._read(session, after=known.tail.offset - 1, deltas=False)
+            if goes_on(known, next(iter(records), None)):
+                return known, records
+            self._recent.forget(session)
+        return NOTHING, await self._read(session, after=0, deltas=False)
 
     async def _read(self, session: str, *, after: int, deltas: bool) -> list[Record]:
         records: list[Record] = []
@@ -414,14 +432,14 @@ class Worker:
             after = page[-1].offset
 
 
-def _fold(records: Sequence[Record], *, dense_after: int | None = None) -> History:
-    """Fold records; above ``dense_after`` a jump in the offsets is a hole, below it only left-out deltas."""
-    history = History()
-    known = 0
+def _fold(known: History, records: Sequence[Record], *, dense_after: int | None = None) -> History:
+    """Go on with records; above ``dense_after`` a jump in the offsets is a hole, below it only left-out deltas."""
+    history = known.fork()
+    before = 0
     for record in records:
-        if dense_after is not None and record.offset > known + 1 and known >= dense_after:
-            history.apply(record.offset - 1, wire.Gap(from_=known + 1, to=record.offset - 1))
-        known = record.offset
+        if dense_after is not None and record.offset > before + 1 and before >= dense_after:
+            history.apply(record.offset - 1, wire.Gap(from_=before + 1, to=record.offset - 1))
+        before = record.offset
         try:
             event = input_of(record) if record.kind.input else wire.decode(record.body)
         except InvalidInput:

@@ -18,7 +18,7 @@ from agentrun.bell import Bell, Ear
 from agentrun.broker import Record
 from agentrun.brokers.nats_layout import Route, Stored, stored_of
 from agentrun.brokers.nats_link import Link, Msg, NotConnected, log
-from agentrun.brokers.nats_read import Reader
+from agentrun.brokers.nats_read import Place, Reader
 from agentrun.errors import SessionGone, Unavailable
 
 PAGE = 500
@@ -125,16 +125,17 @@ class Follower:
     async def _catch_up(self) -> Sequence[Record]:
         if not self._deltas and await self._has_all():
             return ()
+        place = Place(self._next, self._after)
         if self._next == 0:
-            self._next = await self._reader.start(self._route, self._after, self._hint)
+            place = await self._reader.start(self._route, self._after, self._hint)
         # Set before reading: what is announced meanwhile is read once more rather than missed.
         self._behind = False
         try:
-            page = await self._reader.page(self._route, self._next, PAGE, deltas=self._deltas)
+            page = await self._reader.page(self._route, place, PAGE, deltas=self._deltas)
         except BaseException:
             self._behind = True
             raise
-        self._next = page.next
+        self._next = page.next.start
         self._behind = self._behind or not page.complete
         records = [r for r in page.records if r.offset > self._after]
         if not records and page.records and self._existed:

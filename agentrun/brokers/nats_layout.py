@@ -162,6 +162,7 @@ class Stored(NamedTuple):
         return Record(offset, kind, self.body, self.time, self.seq, pending, agent, kept)
 
 
+@lru_cache(1024)
 def kind_of(subject: str) -> tuple[Kind, str | None]:
     """What a record's subject says of it.
 

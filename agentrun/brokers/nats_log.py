@@ -18,7 +18,17 @@ from msgspec import Struct
 from agentrun.broker import Kind, Pending, Record, Tail
 from agentrun.brokers.nats_core import Core
 from agentrun.brokers.nats_follow import Follower
-from agentrun.brokers.nats_layout import EXPECTED, EXPECTED_SUBJECT, HEADROOM, KEPT, OFFSET, PENDING, WRITER, Route
+from agentrun.brokers.nats_layout import (
+    EXPECTED,
+    EXPECTED_SUBJECT,
+    HEADROOM,
+    KEPT,
+    OFFSET,
+    PENDING,
+    WRITER,
+    Route,
+    Stored,
+)
 from agentrun.brokers.nats_link import ApiError, Msg, NotConnected, status
 from agentrun.brokers.nats_read import NEAR, Reader
 from agentrun.errors import Conflict, Duplicate, InvalidInput, Misconfigured, SessionGone, TooLarge, Unavailable
@@ -217,15 +227,16 @@ class NatsLog:
     async def read(self, session: str, *, after: int = 0, deltas: bool = True, limit: int = 1000) -> Sequence[Record]:
         """See `SessionLog.read`."""
         route = self._core.route(session)
-        start = await self._reader.seek(route, after)
+        ends: Sequence[Stored] | None = await self._reader.ends(route)
+        place = await self._reader.seek(route, after, ends)
         out: list[Record] = []
         while len(out) < limit:
             # Some more, since the search may begin that much too early.
-            page = await self._reader.page(route, start, limit - len(out) + NEAR, deltas=deltas)
+            page = await self._reader.page(route, place, limit - len(out) + NEAR, deltas=deltas, ends=ends)
             out += [r for r in page.records if r.offset > after]
             if page.complete:
                 break
-            start = page.next
+            place, ends = page.next, None
         return out[:limit]
 
     def follow(

@@ -38,6 +38,7 @@ class Options(Struct, frozen=True, kw_only=True):
     events: int
     readers: int | None
     clients: tuple[int, ...]
+    small: bool
 
 
 class Run(Struct):

@@ -16,6 +16,7 @@ from agentrun.cli._bench_faults import bench_resume, bench_takeover
 from agentrun.cli._bench_gateway import bench_gateway
 from agentrun.cli._bench_load import Options, Run, bench_cancel, bench_tokens, bench_turns, open_run
 from agentrun.cli._bench_report import Report, machine, show_machine, show_rows
+from agentrun.cli._bench_scale import bench_scale
 from agentrun.cli._fleet import Place, open_place
 from agentrun.cli.common import App, command, duration, json_option, option
 
@@ -26,6 +27,7 @@ _BENCHES: dict[str, Callable[[Run], Awaitable[None]]] = {
     "resume": bench_resume,
     "takeover": bench_takeover,
     "gateway": bench_gateway,
+    "scale": bench_scale,
 }
 
 
@@ -54,6 +56,7 @@ class _Counts(click.ParamType[tuple[int, ...]]):
 @option("--events", type=click.IntRange(200), default=10_000, show_default=True, help="resume, gateway: events stored.")
 @option("--readers", type=click.IntRange(1), help="resume: readers that join late [100]; gateway: of one stream [500].")
 @option("--clients", type=_Counts(), default="1000,5000", show_default=True, help="gateway: clients that wait.")
+@option("--small", is_flag=True, help="scale: a hundredth of everything, to try it.")
 @json_option
 async def bench(
     app: App,
@@ -68,12 +71,14 @@ async def bench(
     events: int,
     readers: int | None,
     clients: tuple[int, ...],
+    small: bool,
     as_json: bool,
 ) -> int:
     """Measure WHAT, and count what is lost or double.
 
     turns: send to first token. tokens: yield to reader. cancel: call to receipt. resume: a reader that comes back or
-    joins late. takeover: a worker killed in mid-answer. gateway: the same over HTTP, and many clients.
+    joins late. takeover: a worker killed in mid-answer. gateway: the same over HTTP, and many clients. scale: many
+    sessions, long ones, a long queue.
     docs/performance.md says what each figure is.
 
     A NATS server of its own is used, unless --url is given on the command line (then namespaces bench-… are made
@@ -82,7 +87,7 @@ async def bench(
     app.log("warning")
     options = Options(
         sessions=sessions, workers=workers, seconds=seconds, rate=rate, rounds=rounds, lease=lease, kills=kills,
-        events=events, readers=readers, clients=clients,
+        events=events, readers=readers, clients=clients, small=small,
     )  # fmt: skip
     url = app.url if _url_given() else None
     report = Report(machine(url))

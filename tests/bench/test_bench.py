@@ -104,3 +104,17 @@ def test_sessions_that_are_no_numbers(sessions: str) -> None:
     done = run("tokens", "--sessions", sessions)
     assert done.returncode == 2
     assert "1,20,50" in done.stderr
+
+
+def test_scale() -> None:
+    report = parsed(run("scale", "--small", "--sessions", "10,40", "--rounds", "2", "--json"))
+    rows = {(row["bench"], row["case"]): row["figures"] for row in report["rows"]}
+    assert [case for bench, case in rows if bench == "scale: sessions in one stream"] == ["10", "40"]
+    for shape in ("200 events a turn", "5 events a turn"):
+        cases = [case for bench, case in rows if bench == f"scale: a session, {shape}"]
+        assert cases == ["10 events", "100 events", "1000 events"]
+    for figures in rows.values():
+        assert all(value is not None and value > 0 for name, value in figures.items() if name.endswith("_ms"))
+    queue = rows["scale: a queue", "100 turns of 20 sessions, 4 workers"]
+    assert queue["run_in_order"] == 100
+    assert 0 < queue["most_leased"] <= 100

@@ -635,3 +635,56 @@ def test_stored_whole_or_in_chunks_it_folds_to_the_same(log: Log, limit: int) ->
             history.apply(history.offset + 1, wire.decode(body))
     assert [v.message for v in history.turns.values()] == [v.message for v in wanted.turns.values()]
     assert [v.state for v in history.turns.values()] == [v.state for v in wanted.turns.values()]
+
+
+@thorough
+@given(sessions())
+def test_open_turns_are_those_that_have_not_ended(log: Log) -> None:
+    history = History()
+    for offset, event in log:
+        history.apply(offset, event)
+        assert history.open == [view for view in history.turns.values() if not view.ended]
+
+
+def told(history: History) -> list[object]:
+    views = [(v.id, v.offset, v.state, v.attempt, v.message, v.replaced_by, v.ended_at) for v in history.turns.values()]
+    return [history.offset, views, history.messages()]
+
+
+@thorough
+@given(sessions(), st.data())
+def test_a_fork_goes_on_as_if_it_had_folded_everything(log: Log, data: st.DataObject) -> None:
+    history = History()
+    forks: list[History] = []
+    for offset, event in log:
+        if history.calm and data.draw(st.booleans()):
+            forks.append(history.fork())
+        for fork in (history, *forks):
+            fork.apply(offset, event)
+    for fork in forks:
+        assert told(fork) == told(history)
+
+
+def test_a_fork_leaves_what_it_comes_from_alone() -> None:
+    history = fold(*exchange("t1", "a", "b"), requested("t2"), requested("t3", replaces="t2"))
+    before = told(history)
+    fork = history.fork()
+    for event in (started(turn="t2"), text("x", turn="t2"), wire.TurnCancel(turn="t3"), completed("y", turn="t2")):
+        fork.apply(fork.offset + 1, event)
+    assert told(history) == before
+    assert history.calm
+    assert not fork.calm
+    assert fork.turns["t2"].replaced_by == "t3"
+
+
+def test_an_answer_that_came_before_the_fork_belongs_to_its_turn() -> None:
+    history = fold(requested("t"), wire.TurnAnswer(turn="t", request="r", value=1))
+    fork = history.fork()
+    assert fork.answered_by(2) is fork.turns["t"] is fork.at(1)
+    assert fork.turns["t"] is not history.turns["t"]
+
+
+def test_messages_are_the_callers_own() -> None:
+    history = fold(requested("t1", input=[{"type": "text", "text": "hi"}]))
+    history.messages(until="t1")[0]["content"][0]["text"] = "changed"
+    assert history.messages(until="t1") == [{"role": "user", "content": [{"type": "text", "text": "hi"}]}]
