@@ -466,7 +466,7 @@ async def test_iteration_given_up_by_its_consumer_closes_the_connection(fake: Fa
     items = stream([{"role": "user", "content": "x"}], model="openai/m", api_base=fake.url, api_key="k")
     assert await anext(items) == "a "
     await items.aclose()
-    with anyio.fail_after(5):
+    with anyio.fail_after(20):
         await fake.disconnected()
     assert fake.disconnects[0].request == 0
 
@@ -555,7 +555,7 @@ async def test_a_stall_closes_the_connection_and_is_tried_again(fake: FakeOpenAI
     signal, _ = await raised_by(fake, stall_timeout=0.3)
     assert isinstance(signal, Retry)
     assert "silent for 0.3 s" in str(signal)
-    with anyio.fail_after(5):
+    with anyio.fail_after(20):
         await fake.disconnected()
 
 

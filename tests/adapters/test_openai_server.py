@@ -67,6 +67,6 @@ async def test_who_goes_away_early_is_noted_with_what_was_sent(words: int) -> No
             received = b""
             while received.count(b'"w "') < words or b"data: " not in received:
                 received += await stream.receive()
-        with anyio.fail_after(5):
+        with anyio.fail_after(20):
             await fake.disconnected()
         assert [(d.request, d.tokens) for d in fake.disconnects] == [(0, words)]

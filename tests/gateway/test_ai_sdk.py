@@ -360,7 +360,7 @@ async def test_approval(site: Site, hold: float, approved: bool, agent: str) -> 
 
 
 async def until_suspended(site: Site) -> None:
-    with anyio.fail_after(5):
+    with anyio.fail_after(20):
         while (await site.client.session("s1").history()).turns["u-1"].state != "suspended":  # noqa: ASYNC110
             await anyio.sleep(0.01)
 

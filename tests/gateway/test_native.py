@@ -774,7 +774,7 @@ async def test_a_method_that_is_none_is_a_problem(served: Served, method: str, p
 @pytest.mark.parametrize("headers", [{}, SSE])
 async def test_head_answers_at_once_and_without_a_body(served: Served, path: str, headers: dict[str, str]) -> None:
     await served.send("s", LONG, id="t-1")
-    with anyio.fail_after(3):
+    with anyio.fail_after(20):
         response = await served.http.head(path, headers=headers)
     assert (response.status_code, response.content) == (200, b"")
 

@@ -323,7 +323,7 @@ async def test_a_turn_s_events_span_its_attempts_and_come_live(session: Session,
     async def read() -> None:
         seen.extend([event.type async for event in turn.events()])
 
-    with anyio.fail_after(5):
+    with anyio.fail_after(20):
         async with anyio.create_task_group() as group:
             group.start_soon(read)
             await owner.start("t1", 1)
@@ -634,7 +634,7 @@ async def test_who_follows_a_session_that_is_deleted_is_told(session: Session) -
     async with session.follow() as events:
         await anext(events)
         await session.delete()
-        with pytest.raises(SessionGone), anyio.fail_after(5):
+        with pytest.raises(SessionGone), anyio.fail_after(20):
             await anext(events)
 
 

@@ -30,12 +30,12 @@ class Setting:
         self.clock.now += TTL + 1
 
     async def stored(self, after: int = 0) -> list[Event]:
-        with anyio.fail_after(5):
+        with anyio.fail_after(20):
             return [e async for e in self.session.events(after, follow=False)]
 
     async def live(self, count: int, after: int = 0) -> list[Event]:
         found: list[Event] = []
-        with anyio.fail_after(5):
+        with anyio.fail_after(20):
             async with self.session.follow(after) as events:
                 while len(found) < count:
                     found.append(await anext(events))
@@ -80,7 +80,7 @@ async def test_live_and_later_readers_see_the_same(setting: Setting) -> None:
             if event.offset == 11:
                 return
 
-    with anyio.fail_after(5):
+    with anyio.fail_after(20):
         async with anyio.create_task_group() as group:
             group.start_soon(read)
             await anyio.lowlevel.checkpoint()
@@ -250,7 +250,7 @@ async def test_what_took_over_after_the_hole_at_the_end_fills_it(setting: Settin
             pytest.fail("nothing is known of the hole yet")
     async with setting.session.follow(2) as events:
         await setting.owner.start("t1", 1, attempt=2, message=message("one two"))
-        with anyio.fail_after(5):
+        with anyio.fail_after(20):
             first, second = await anext(events), await anext(events)
     assert first.data == wire.Snapshot(turn="t1", attempt=1, from_=3, to=4, message=message("one two"))
     assert (second.offset, second.type) == (5, "turn.started")

@@ -135,7 +135,7 @@ class Fleet:
             check_session(await self.records(session))
 
 
-async def eventually(condition: Callable[[], bool], seconds: float = 5.0) -> None:
+async def eventually(condition: Callable[[], bool], seconds: float = 20.0) -> None:
     """Wait until it holds."""
     with anyio.fail_after(seconds):
         while not condition():  # noqa: ASYNC110 - what it waits for has no event

@@ -32,7 +32,7 @@ async def test_running_turns_end_and_no_new_ones_are_taken(fleet: Fleet) -> None
     assert worker.worker.info.draining
     later = await fleet.session("other", "talk").send("x")
     behind = await fleet.session(agent="talk").send("y")
-    with anyio.fail_after(5):
+    with anyio.fail_after(20):
         await worker.ended.wait()
     assert (await turn.result(1)).attempt == 1
     await anyio.sleep(0.2)

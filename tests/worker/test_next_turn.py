@@ -126,7 +126,7 @@ async def test_a_turn_is_taken_over_by_one_who_knows_what_was_before(fleet: Flee
     await (await session.send("x")).result(5)
     await (await session.send("x")).result(5)
     turn = await session.send("stall")
-    with anyio.fail_after(5):
+    with anyio.fail_after(20):
         await held.wait()
     await fleet.until("text.delta", times=3)
     await knows.crash()
