@@ -132,8 +132,9 @@ async def test_a_reader_that_misses_events_is_found_out(tmp_path: Path) -> None:
         reader = EventStream(place, scene.client, scene.book, random.Random(3), name="r", session="s")
         async with anyio.create_task_group() as group:
             group.start_soon(reader.run)
-            while reader.offset < 20:  # noqa: ASYNC110 - it rings no bell
-                await anyio.sleep(0.02)
+            with anyio.fail_after(30):
+                while reader.offset < 20:  # noqa: ASYNC110 - it rings no bell
+                    await anyio.sleep(0.02)
             for cable in scene.stage.cables["g0"]:
                 cable.cut()
             await anyio.sleep(0.5)
