@@ -25,6 +25,7 @@ from msgspec import Struct
 from nats.aio.client import Client
 from nats.aio.msg import Msg
 from nats.aio.subscription import Subscription
+from nats.aio.transport import TcpTransport
 from nats.errors import ConnectionClosedError, ConnectionDrainingError, OutboundBufferLimitError
 from nats.errors import Error as NatsError
 from nats.protocol.command import hpub_cmd  # pyright: ignore[reportUnknownVariableType]
@@ -118,7 +119,31 @@ _publish_block = (
 )
 
 
+class _Transport(TcpTransport):
+    """Writes to a connection that was lost just now come to nothing, and the reading side finds out.
+
+    So it is with asyncio, and nats-py counts on it. uvloop raises RuntimeError, and nats-py's reconnecting ends for
+    good.
+    """
+
+    def write(self, payload: bytes) -> None:
+        with suppress(RuntimeError):
+            super().write(payload)
+
+    def writelines(self, payload: list[bytes]) -> None:
+        with suppress(RuntimeError):
+            super().writelines(payload)
+
+    def __bool__(self) -> bool:
+        return True  # or nats-py would put one of its own in its place
+
+
 class _Client(Client):
+    def __init__(self, *, websocket: bool) -> None:
+        super().__init__()
+        if not websocket:
+            self._transport = _Transport()
+
     # nats-py looks at each character of each header's name: half of all that a token costs its readers.
     @staticmethod
     def _parse_header_lines(raw: bytes) -> dict[str, str]:
@@ -155,7 +180,7 @@ class Link:
     def __init__(self, options: LinkOptions, name: str) -> None:
         self.options = options
         self.name = name
-        self.client: Client = _Client()
+        self.client: Client = _Client(websocket=options.url.startswith("ws"))
         self.on_reconnect: set[Callable[[], None]] = set()
         self.on_closed: Callable[[str], None] = lambda _reason: None
         self.on_nobody: Callable[[], None] = lambda: None

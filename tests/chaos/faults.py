@@ -104,12 +104,13 @@ class Faults:
 
     # ------------------------------------------------------------------------------------------------ processes
 
-    def _process(self, *, leaves_one: bool = False) -> Process | None:
-        peers = self._stage.gateways if self._dice.random() < 0.25 else self._stage.workers
-        well = [p for p in peers if p.alive and not p.frozen and p.name not in self._busy]
-        if len(well) < (2 if leaves_one else 1):
-            return None
-        return self._dice.choice(well)
+    def _well(self, processes: list[Process]) -> list[Process]:
+        return [p for p in processes if p.alive and p.up and not p.frozen and p.name not in self._busy]
+
+    def _process(self) -> Process | None:
+        """One that has a peer that is well."""
+        well = self._well(self._stage.gateways if self._dice.random() < 0.25 else self._stage.workers)
+        return self._dice.choice(well) if len(well) > 1 else None
 
     def _signal(self, number: signal.Signals) -> Plan | None:
         process = self._process()
@@ -127,14 +128,16 @@ class Faults:
         return self._signal(signal.SIGTERM)
 
     def _kill_workers(self) -> Plan:
+        workers = self._well(self._stage.workers)
+
         async def act() -> None:
-            for worker in self._stage.workers:
+            for worker in workers:
                 worker.signal(signal.SIGKILL)
 
-        return Plan("all workers", 0.0, act, [worker.life for worker in self._stage.workers])
+        return Plan("all workers", 0.0, act, [worker.life for worker in workers])
 
     def _suspend(self) -> Plan | None:
-        process = self._process(leaves_one=True)
+        process = self._process()
         # Also for longer than a lease lasts.
         seconds = self._dice.uniform(0.2, 2 * self._stage.setup.lease + 2)
 
@@ -149,7 +152,7 @@ class Faults:
         return Plan(process.name, seconds, act, [process.life]) if process else None
 
     def _worker(self) -> Process | None:
-        well = [p for p in self._stage.workers if p.alive and not p.frozen and p.name not in self._busy]
+        well = self._well(self._stage.workers)
         return self._dice.choice(well) if well else None
 
     def _burst(self) -> Plan | None:

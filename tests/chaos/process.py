@@ -36,6 +36,8 @@ class Process:
         self.name = name
         self.lives = 0
         self.frozen = False
+        self.up = False
+        """Whether this life has come as far as to work."""
         self.told_to_end = False
         """Whether this life was sent a signal that ends it."""
         self._command = command
@@ -60,7 +62,7 @@ class Process:
     def start(self) -> None:
         """Begin another life. From the main thread only: a child dies with the thread that made it."""
         self.lives += 1
-        self.frozen = self.told_to_end = False
+        self.frozen = self.up = self.told_to_end = False
         # Inherited: they come to nothing until it knows what to do with them.
         before = [(number, signal.signal(number, signal.SIG_IGN)) for number in (signal.SIGUSR1, signal.SIGUSR2)]
         with self._log.open("ab") as log:

@@ -29,6 +29,10 @@ LOAD = "load"
 _LOOK = 0.05
 _STARTING = 30.0
 _PAGE = 2000
+_CONNECTIONS = 3
+"""A worker or gateway that has so many is connected."""
+_UNDER_WAY = 0.5
+"""Seconds after which nothing that a process has sent is still on its way."""
 _NAMESPACE = "chaos"
 
 
@@ -71,6 +75,7 @@ class Stage:
         self.place: Place
         self._book = book
         self._dice = random.Random(f"{setup.seed} stage")
+        self._keeping = anyio.CancelScope()
 
     @property
     def processes(self) -> list[Process]:
@@ -130,13 +135,18 @@ class Stage:
 
     async def keep(self) -> None:
         """Start whoever has ended again, for ever."""
+        with self._keeping:
+            await self._keep()
+
+    async def _keep(self) -> None:
         ended: dict[str, float] = {}
         while True:
             now = time.monotonic()
             for process in self.processes:
                 if process.alive:
-                    continue
-                if process.name not in ended:
+                    connections = sum(cable.connections for cable in self.cables[process.name])
+                    process.up = process.up or connections >= _CONNECTIONS
+                elif process.name not in ended:
                     ended[process.name] = now + (self._dice.uniform(0.0, 1.0) if process.lives else 0.0)
                     self._note_end(process)
                 elif ended[process.name] <= now:
@@ -167,7 +177,8 @@ class Stage:
         return len(found) >= len(self.workers)
 
     def end_processes(self) -> None:
-        """Kill them all, and wait for them."""
+        """Kill them all, for good, and wait for them."""
+        self._keeping.cancel()
         for process in self.processes:
             process.end()
 
@@ -200,7 +211,9 @@ class Stage:
             self._book.note(Unended(session=session, pending=str(ends[session].pending)))
 
     async def dump(self) -> None:
-        """Note what is stored, of all sessions."""
+        """End all processes, so that nothing more is stored, and note what is, of all sessions."""
+        self.end_processes()
+        await anyio.sleep(_UNDER_WAY)
         operator = self.servers.operator
         for session in sorted(await operator.sessions(limit=10**6)):
             after = 0
