@@ -8,6 +8,7 @@ import logging
 import random
 import sys
 import tempfile
+import traceback
 from pathlib import Path
 
 import anyio
@@ -48,12 +49,16 @@ def main() -> int:
     run = functools.partial(
         play, setup, Scale(sessions=given.sessions), seconds=given.minutes * 60, pace=given.pace, kinds=given.fault
     )
-    report = anyio.run(run)
+    report, failure = anyio.run(run)
     print(report.table)
     (folder / "figures.json").write_bytes(report.json)
-    if report.violations:
+    if failure is not None:
+        print("\nand the load was ended by what no client or reader may be told:")
+        traceback.print_exception(failure)
+    bad = failure is not None or report.violations
+    if bad:
         print(f"\nagain, with the same faults: python -m tests.chaos {' '.join(sys.argv[1:])} --seed {seed}")
-    return 1 if report.violations else 0
+    return 1 if bad else 0
 
 
 if __name__ == "__main__":

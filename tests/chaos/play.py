@@ -5,8 +5,10 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import anyio
+import anyio.to_thread
 
 from tests.chaos.checker import Report, check
 from tests.chaos.evidence import Began, Notebook, read_notes
@@ -19,6 +21,14 @@ DRAIN = 60.0
 """Seconds sessions get to come to rest once nothing is broken any more."""
 
 
+class Outcome(NamedTuple):
+    """How a run went."""
+
+    report: Report
+    failure: Exception | None
+    """What ended the load before its time: a client or reader was told what it never may be told."""
+
+
 async def play(
     setup: Setup,
     scale: Scale,
@@ -27,7 +37,7 @@ async def play(
     pace: float = 2.0,
     kinds: Sequence[str] = (),
     surely: Sequence[str] = (),
-) -> Report:
+) -> Outcome:
     """Run, and judge what was noted. The notes, and what the processes logged, stay in the setup's folder.
 
     Args:
@@ -42,22 +52,27 @@ async def play(
         break_promise(setup.mutant)  # in the load's readers
     setup.folder.mkdir(parents=True, exist_ok=True)
     book = Notebook(setup.folder, "stage")
+    failure: Exception | None = None
     try:
         async with open_stage(setup, book) as stage:
             book.note(Began(seed=setup.seed))
             until = time.monotonic() + seconds
             faults = Faults(stage, book, random.Random(f"{setup.seed} faults"), pace=pace, kinds=kinds, surely=surely)
-            async with open_load(stage.place, book, random.Random(f"{setup.seed} load"), scale) as load:
-                async with anyio.create_task_group() as group:
+            try:
+                async with open_load(stage.place, book, random.Random(f"{setup.seed} load"), scale) as load:
+                    async with anyio.create_task_group() as group:
 
-                    async def break_things() -> None:
-                        await faults.run(until)
-                        await stage.heal()
+                        async def break_things() -> None:
+                            await faults.run(until)
+                            await stage.heal()
 
-                    group.start_soon(break_things)
-                    await load.drive(until=until)
-                await load.drain(patience=DRAIN)
+                        group.start_soon(break_things)
+                        await load.drive(until=until)
+                    await load.drain(patience=DRAIN)
+            except Exception as error:
+                failure = error
+                await stage.heal()
             await stage.dump()
     finally:
         book.close()
-    return await anyio.to_thread.run_sync(lambda: check(read_notes(setup.folder)))
+    return Outcome(await anyio.to_thread.run_sync(lambda: check(read_notes(setup.folder))), failure)

@@ -12,14 +12,15 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 _PR_SET_PDEATHSIG = 1
+_PARENT = "CHAOS_PARENT"
+"""The variable that tells a process who started it: by the time it can look, that one may be gone."""
 
 
 def die_with_parent() -> None:
     """Have this process killed when the one that started it ends, in whatever way; also while it is suspended."""
     if sys.platform == "linux":
-        parent = os.getppid()
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() != parent:
+        if os.getppid() != int(os.environ.get(_PARENT, os.getppid())):
             os._exit(1)
 
 
@@ -63,6 +64,7 @@ class Process:
         """Begin another life. From the main thread only: a child dies with the thread that made it."""
         self.lives += 1
         self.frozen = self.up = self.told_to_end = False
+        kept = {key: value for key, value in os.environ.items() if not key.startswith("AGENTRUN_")}
         # Inherited: they come to nothing until it knows what to do with them.
         before = [(number, signal.signal(number, signal.SIG_IGN)) for number in (signal.SIGUSR1, signal.SIGUSR2)]
         with self._log.open("ab") as log:
@@ -72,7 +74,7 @@ class Process:
                 stdout=log,
                 stderr=log,
                 cwd=ROOT,
-                env={key: value for key, value in os.environ.items() if not key.startswith("AGENTRUN_")},
+                env=kept | {_PARENT: str(os.getpid())},
             )
         for number, handler in before:
             signal.signal(number, handler)

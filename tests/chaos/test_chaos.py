@@ -13,10 +13,10 @@ import pytest
 import agentrun
 from agentrun import Client, ClientSettings, Turn
 from agentrun.wire import TurnStarted
-from tests.chaos.checker import Report, Rule, check
+from tests.chaos.checker import Rule, check
 from tests.chaos.evidence import Began, Notebook, Sent, read_notes
 from tests.chaos.load import Scale
-from tests.chaos.play import play
+from tests.chaos.play import Outcome, play
 from tests.chaos.readers import EventStream
 from tests.chaos.stage import Setup, Stage, open_stage
 
@@ -28,18 +28,19 @@ SCALE = Scale(sessions=10, think=0.5, life=10, longest=5)
 async def test_promises_hold_while_processes_and_connections_break(tmp_path: Path) -> None:
     setup = Setup(folder=tmp_path, seed=7)
     surely = ("kill", "server crash", "suspend", "cable silent")
-    report = await play(setup, SCALE, seconds=20, pace=1.5, surely=surely)
-    _assert_kept(report, surely)
+    _assert_kept(await play(setup, SCALE, seconds=20, pace=1.5, surely=surely), surely)
 
 
 async def test_promises_hold_while_a_cluster_loses_its_leader(tmp_path: Path) -> None:
     setup = Setup(folder=tmp_path, seed=8, cluster=True)
     surely = ("kill", "leader crash", "leader steps down")
-    report = await play(setup, SCALE, seconds=25, pace=2.0, surely=surely)
-    _assert_kept(report, surely)
+    _assert_kept(await play(setup, SCALE, seconds=25, pace=2.0, surely=surely), surely)
 
 
-def _assert_kept(report: Report, happened: tuple[str, ...]) -> None:
+def _assert_kept(outcome: Outcome, happened: tuple[str, ...]) -> None:
+    if outcome.failure is not None:
+        raise outcome.failure
+    report = outcome.report
     figures = report.figures
     assert not report.violations, report.table
     assert set(happened) <= figures.faults.keys()
