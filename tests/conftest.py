@@ -28,7 +28,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def pytest_collection_finish(session: pytest.Session) -> None:
     """Groups that do not take effect make tests of processes fail by chance, a long way from the reason."""
     for item in session.items:
-        grouped = item.nodeid.endswith(tuple(f"@{group}" for group in _GROUPS))
+        grouped = item.nodeid.rpartition("@")[2] in _GROUPS
         if hasattr(session.config, "workerinput") and item.get_closest_marker("xdist_group") and not grouped:
             raise pytest.UsageError(f"pytest-xdist does not see the group of {item.nodeid}: see constraints.txt")
 

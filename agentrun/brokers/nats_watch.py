@@ -57,7 +57,7 @@ class Watch:
             self._suspicion = anyio.Event()
             looked = time.monotonic()
             await self._look()
-            await anyio.sleep(looked + NOT_BEFORE - time.monotonic())
+            await anyio.sleep(max(0.0, looked + NOT_BEFORE - time.monotonic()))
 
     async def _look(self) -> None:
         before = self._core.found

@@ -222,7 +222,7 @@ class _Socket:
     # -------------------------------------------------------------------------------------------------- the socket
 
     async def _until_deadline(self, principal: Principal) -> None:
-        await anyio.sleep(deadline_of(principal, 0) - time.monotonic())
+        await anyio.sleep(max(0.0, deadline_of(principal, 0) - time.monotonic()))
         self._end(_Closing(_EXPIRED, "the token has expired"))
 
     async def _send(self, value: dict[str, Any]) -> None:

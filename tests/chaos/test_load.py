@@ -33,7 +33,7 @@ from tests.chaos.place import Place
 from tests.chaos.readers import READERS
 from tests.e2e.processes import new_cli
 
-pytestmark = [pytest.mark.xdist_group("processes"), pytest.mark.timeout(180)]
+pytestmark = pytest.mark.timeout(180)
 
 SORTS = ("count", "silent", "tool", "flaky", "approve", "steer", "stubborn", "retry", "fail", "hello,")
 ROUNDS, SECONDS = 12, 8
