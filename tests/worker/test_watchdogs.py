@@ -236,3 +236,21 @@ async def test_another_number_of_partitions_ends_who_knew_the_old_one(env: NatsE
             await work()
     finally:
         await api(fleet, f"STREAM.DELETE.{stream_name(env.namespace, 1)}")
+
+
+async def test_a_look_that_takes_longer_than_the_pause_after_it_ends_nobody(
+    env: NatsEnvironment, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looks = 0
+
+    async def look(watch: nats_watch.Watch) -> None:
+        nonlocal looks
+        looks += 1
+        await anyio.sleep(0.1)
+        watch.look()
+
+    for name, value in (("SPREAD", 0.01), ("NOT_BEFORE", 0.05), ("EVERY", 0.05)):
+        monkeypatch.setattr(nats_watch, name, value)
+    monkeypatch.setattr(nats_watch.Watch, "_look", look)
+    async with env.broker():
+        await eventually(lambda: looks >= 3)
