@@ -5,6 +5,9 @@ BIN := $(VENV)/bin
 NEWER := $(VENV)-newer
 PYTEST_ARGS ?=
 
+# Where it is set, every process of the tests would compile everything again, and pytest rewrite it.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: help demo test test-newer clients lint format chaos storm bench venv venv-demo clean
 
 help:
