@@ -18,7 +18,7 @@ from tests.chaos.mutants import break_promise
 from tests.chaos.stage import Setup, open_stage
 
 DRAIN = 60.0
-"""Seconds sessions get to come to rest once nothing is broken any more."""
+"""Seconds sessions get to come to rest once nothing is broken any more, beside two turns of the longest."""
 
 
 class Outcome(NamedTuple):
@@ -68,7 +68,7 @@ async def play(
 
                         group.start_soon(break_things)
                         await load.drive(until=until)
-                    await load.drain(patience=DRAIN)
+                    await load.drain(patience=DRAIN + 2 * scale.longest)
             except Exception as error:
                 failure = error
                 await stage.heal()

@@ -44,6 +44,8 @@ POINTS = {
 }
 """Where a worker may die, and with what chance each time it gets there."""
 
+_INTERNAL = "agentrun--"
+"""Sessions that the library keeps for itself begin so; no user's turns are in them."""
 _BURST = 0.05
 """The chance at each point once it has been told to die soon."""
 _JUMPS = (-3600.0, -20.0, 20.0, 3600.0)
@@ -112,7 +114,8 @@ class _NotingLog:
     ) -> Tail:
         self._points.pass_by("append.before")
         tail = await self._inner.append(session, body, kind=kind, after=after, pending=pending, **more)
-        self._book.note(Acked(worker=self._worker, session=session, offset=tail.offset, hash=digest(body)))
+        if not session.startswith(_INTERNAL):
+            self._book.note(Acked(worker=self._worker, session=session, offset=tail.offset, hash=digest(body)))
         self._points.pass_by("append.after")
         return tail
 
