@@ -403,6 +403,9 @@ class Worker:
         if not records:
             raise SessionGone(f"session {lease.session} was deleted")
         tail = records[-1].tail
+        if tail.offset < lease.record.offset:
+            # What is not pending in it may just not have come yet: it must not be taken for settled.
+            raise Unavailable(f"what is read of the session ends before its input at {lease.record.offset}")
         if tail.pending.running and tail.kind is not Kind.DELTA:
             # Only the broker knows whether deltas after it may have expired (`Tail.lost`).
             last = await self._broker.log.last(lease.session)

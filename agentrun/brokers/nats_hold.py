@@ -24,6 +24,7 @@ LOOK = 2.0
 """Seconds after which the session's end is looked up again, should a live record have been lost."""
 
 NACK = b"-NAK"
+NACK_LATER = b'-NAK {"delay": 1000000000}'
 
 Offer = Callable[["Delivery", Tail], Awaitable[None]]
 
@@ -90,7 +91,7 @@ class Holder:
         ]
 
     async def judge(self, delivery: Delivery) -> None:
-        """Offer it, hold it, or take it off the queue."""
+        """Offer it, hold it, take it off the queue, or hand it back where what is seen of its session is too old."""
         held = self._held.get(delivery.session)
         if held is not None and delivery.record.offset in held.inputs:
             held.add(delivery)  # delivered once more: its newer reply subject counts
@@ -110,8 +111,10 @@ class Holder:
             tail = await self._reader.tail(route, leader=True)
         return tail
 
-    def _verdict(self, delivery: Delivery, tail: Tail) -> Literal["ready", "early", "settled"]:
+    def _verdict(self, delivery: Delivery, tail: Tail) -> Literal["ready", "early", "settled", "unseen"]:
         offset = delivery.record.offset
+        if tail.offset < offset:
+            return "unseen"
         if offset not in tail.pending:
             return "settled"
         if not tail.pending.ready(offset):
@@ -126,6 +129,10 @@ class Holder:
     async def _act(self, verdict: str, delivery: Delivery, tail: Tail) -> None:
         if verdict == "ready":
             await self._offer(delivery, tail)
+        elif verdict == "unseen":
+            # A leader that was stopped, and was replaced meanwhile, still answers for a moment when it wakes. If the
+            # session was deleted instead, there is nothing that could be delivered again.
+            await self._core.queue.publish(delivery.reply, NACK_LATER)
         else:
             await self._core.queue.publish(delivery.reply, b"+ACK")
 

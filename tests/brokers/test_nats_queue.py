@@ -14,7 +14,7 @@ import pytest
 from agentrun.broker import Kind, Lease, Tail
 from agentrun.brokers import nats_hold
 from agentrun.brokers.nats import NatsBroker
-from agentrun.brokers.nats_layout import stream_name
+from agentrun.brokers.nats_layout import Route, stream_name
 from agentrun.brokers.server import NatsServer
 from agentrun.errors import Conflict
 from agentrun.testing import Settings
@@ -168,6 +168,23 @@ async def test_a_held_turn_of_a_deleted_session_is_let_go(env: NatsEnvironment) 
             await anyio.sleep(0.1)
         assert not broker.turns._holder._held
         await lease.ack()
+
+
+async def test_a_server_that_lags_behind_costs_no_turn(env: NatsEnvironment, monkeypatch: pytest.MonkeyPatch) -> None:
+    async with env.broker() as broker:
+        await broker.turns.open("agent")
+        await send(broker, "s")
+        await send(broker, "t")
+        reader = broker.turns._holder._reader
+        real, stale = reader.tail, [Tail()] * 4  # each of both looks twice, the second time at the leader
+
+        async def tail(route: Route, *, leader: bool = False) -> Tail:
+            return stale.pop() if stale else await real(route, leader=leader)
+
+        monkeypatch.setattr(reader, "tail", tail)
+        for _ in range(2):
+            await run(broker, await take(broker))
+        assert stale == []
 
 
 async def test_leaving_hands_held_turns_back(env: NatsEnvironment) -> None:

@@ -10,10 +10,10 @@ import anyio
 
 from agentrun import wire
 from agentrun.agent import Context, agent
-from agentrun.broker import Kind
+from agentrun.broker import Kind, Record
 from agentrun.testing import Environments, Settings, memory_environments
 from agentrun.testing.faults import Faults, FaultyBroker
-from tests.worker.fleet import LEASE, Fleet, check_session, eventually, fleet_on
+from tests.worker.fleet import LEASE, Fleet, Part, Wrapped, check_session, eventually, fleet_on
 
 WORDS = [f"w{n} " for n in range(12)]
 
@@ -300,3 +300,25 @@ async def test_a_long_turn_keeps_what_it_said_past_the_expiry_of_its_deltas() ->
         assert second.message is not None
         assert second.message.text == "".join(WORDS[:5])
         assert script.contexts[1].resumes
+
+
+async def test_an_input_that_is_not_seen_yet_is_not_taken_for_settled(memory_fleet: Fleet) -> None:
+    behind = 3  # what goes on from what is known, all that lasts, and the deltas of what seems to be running
+
+    class Log(Part):
+        async def read(self, session: str, **args: Any) -> list[Record]:
+            nonlocal behind
+            records = await self.inner.read(session, **args)
+            if behind and records and records[-1].offset > first.offset + 2:
+                behind -= 1
+                return [record for record in records if record.offset <= first.offset + 2]
+            return records
+
+    script = Script(resume=False, stuck_at=100)
+    await memory_fleet.worker(script.agent, wrap=lambda broker: Wrapped(broker, log=Log(broker.log)))
+    session = memory_fleet.session(agent="script")
+    first = await session.send("go")
+    await first.result(10)
+    second = await session.send("go")
+    assert (await second.result(20)).text == "".join(WORDS)
+    assert behind == 0
