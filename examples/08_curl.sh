@@ -50,7 +50,7 @@ ask "$api/turns/t-2/cancel" --data '{"reason": "enough"}'
 # {"session":"curl-1","turn":"t-1","offset":1}
 #
 # Read it as server-sent events, to its end:
-# retry: 500
+# retry: …
 #
 # id: 1
 # data: {"offset":1,"time":…,"event":{"type":"turn.requested","turn":"t-1","agent":"echo","input":"hello","user":"ada"}}
@@ -65,7 +65,7 @@ ask "$api/turns/t-2/cancel" --data '{"reason": "enough"}'
 # data: {"offset":4,"time":…,"event":{"type":"turn.completed","turn":"t-1","attempt":1,"turn_offset":1,"message":{"parts":[{"type":"text","text":"hello"}]}}}
 #
 # The connection broke after event 2? Go on behind it:
-# retry: 500
+# retry: …
 #
 # id: 3
 # data: {"offset":3,"time":…,"event":{"type":"text.delta","turn":"t-1","attempt":1,"text":"hello"}}
