@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from copy import deepcopy
 from typing import Any, NoReturn
 
 import anyio
@@ -192,7 +191,7 @@ class Inbox:
             if view.offset <= self._view.offset or view.stop is not None or view.id in self._taken:
                 continue
             self._taken.add(view.id)
-            taken.append(deepcopy(request))
+            taken.append(request)
             publisher.put(wire.SteerConsumed(steer=view.id, offset=view.offset), _settle(view.offset))
         if taken:
             await publisher.flush()

@@ -208,7 +208,7 @@ class Attempt:
             self,
             session=self._session,
             attempt=self._number,
-            request=deepcopy(self._request),
+            request=self._apart(self._request),
             messages=self._history.messages(until=self.turn),
             partial=self._partial,
         )
@@ -301,7 +301,15 @@ class Attempt:
 
     async def take_steering(self) -> list[wire.TurnRequested]:
         """Consume the steering turns that wait."""
-        return await self._inbox.take_steering()
+        return [self._apart(request) for request in await self._inbox.take_steering()]
+
+    def _apart(self, request: wire.TurnRequested) -> wire.TurnRequested:
+        """Copy it for the author's code, which may change what it is given."""
+        try:
+            return deepcopy(request)
+        except RecursionError:
+            self.on_ended = None  # too deep to be copied: what it is part of is not kept
+            return request
 
     async def ask(self, question: wire.InputRequired, hold: float | None) -> Any:
         """Put the question, unless it was; wait for the answer for a while, then suspend the turn."""

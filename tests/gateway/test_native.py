@@ -265,7 +265,8 @@ async def test_server_sent_events_are_the_log(served: Served, site: Site) -> Non
         assert "content-length" not in response.headers
     async with served.sse(EVENTS) as frames:
         found = [await anext(frames)]
-        assert found[0] == {"retry": "500"}
+        assert found[0].keys() == {"retry"}
+        assert 500 <= int(found[0]["retry"]) <= 1000, "clients that lost a gateway come back by and by"
         while len(found) <= len(events):
             found.append(await anext(frames))
     assert pairs(found) == events
