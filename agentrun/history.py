@@ -327,8 +327,7 @@ class History:
         return [self.turns[steer] for steer in view.steers]
 
     def _said_by_user(self, *views: TurnView) -> list[ChatMessage]:
-        # Copied, since what an author does to its messages is not to be found in the next turn's.
-        return [m for view in views if view.request is not None for m in input_to_chat(deepcopy(view.request.input))]
+        return [m for v in views if v.request is not None for m in _apart(input_to_chat(v.request.input))]
 
     def _requested(self, offset: int, event: wire.TurnRequested) -> TurnView:
         if known := self.turns.get(event.turn):
@@ -421,3 +420,11 @@ class History:
         steer.ended_at = offset
         self._unended.pop(steer.id, None)
         by.steers.append(steer.id)
+
+
+def _apart(messages: list[ChatMessage]) -> list[ChatMessage]:
+    """Copy them: what an author does to its messages is not to be found in the next turn's."""
+    try:
+        return deepcopy(messages)
+    except RecursionError:
+        return messages  # nobody's conversation is as deep as that

@@ -159,7 +159,7 @@ def decide(history: History, pending: Pending, record: Record, *, now: float, ma
             return reject(record.offset, "too_late", "there is nothing to stop", event.turn or "")
     if turn.ended:
         return reject(record.offset, "already_ended", f"turn {turn.id} has ended", turn.id)
-    return _go_on(turn, history, pending, now=now, max_attempts=max_attempts)
+    return _go_on(turn, history, pending, record.offset, now=now, max_attempts=max_attempts)
 
 
 def _useless(history: History, pending: Pending) -> Iterator[Write]:
@@ -172,7 +172,20 @@ def _useless(history: History, pending: Pending) -> Iterator[Write]:
             yield reject(entry.offset, *fault, turn.id)
 
 
-def _go_on(turn: TurnView, history: History, pending: Pending, *, now: float, max_attempts: int) -> Action:
+def _others_to_bring_on(turn: TurnView, history: History, pending: Pending, carrier: int) -> bool:
+    """Whether a suspended turn that has its answer is brought on by that, and not by this carrier.
+
+    The input that a parked head stands for does not bring it on while its waker waits: its queue message may have been
+    settled when the turn was suspended, by a delivery other than this one, and then nothing would bring the turn to
+    another worker should this one die.
+    """
+    woken = any(e.flag == "w" and e.offset != carrier and history.answered_by(e.offset) is turn for e in pending)
+    return woken and carrier == pending[0].offset
+
+
+def _go_on(
+    turn: TurnView, history: History, pending: Pending, carrier: int, *, now: float, max_attempts: int
+) -> Action:
     ending = settles(turn, pending, history)
     fields = terminal_fields(turn)
     if turn.request is None:
@@ -182,12 +195,16 @@ def _go_on(turn: TurnView, history: History, pending: Pending, *, now: float, ma
     deadline = math.inf if turn.request.deadline is None else turn.request.deadline
     if now >= deadline - _CLOCK_SLACK:
         return Write(wire.TurnExpired(**fields, reason=OVERDUE), ending)
-    if turn.state == "suspended" and not any(q.answer and not q.resumed for q in turn.questions.values()):
+    answered = any(q.answer and not q.resumed for q in turn.questions.values())
+    others = _others_to_bring_on(turn, history, pending, carrier)
+    if turn.state == "suspended" and (others or not answered):
         until = turn.suspended_until
         if until is None:
             return Drop()
         if now < until - _CLOCK_SLACK:
             return HandBack(until - now)
+        if answered:
+            return HandBack(1.0)  # should its answer turn out to be of no use, this is what ends it
         return Write(wire.TurnExpired(**fields, reason="nobody answered in time"), ending)
     if turn.state == "retrying" and turn.retry_at is not None and now < turn.retry_at - _CLOCK_SLACK:
         return HandBack(min(turn.retry_at, deadline) - now)

@@ -186,6 +186,28 @@ def test_a_suspended_turn_waits_for_its_answer(s: Session) -> None:
     assert action.turn.id == "t1"
 
 
+def test_an_answer_brings_its_turn_on_and_not_what_was_settled_when_it_was_suspended(s: Session) -> None:
+    at = s.turn("t1")
+    s.start("t1", at)
+    s.suspend("t1")
+    answer = s.answer("t1")
+    assert s.decide(at) == Drop(), "a second delivery of the request, whose message may be settled"
+    assert isinstance(s.decide(answer), Run)
+    s.start("t1", answer)
+    assert s.decide(at) == Drop()
+    assert isinstance(s.decide(answer), Run)
+
+
+def test_what_expires_a_suspended_turn_waits_for_its_answer_to_be_judged(s: Session) -> None:
+    at = s.turn("t1")
+    s.start("t1", at)
+    s.suspend("t1", until=NOW + 10)
+    answer = s.answer("t1")
+    assert s.decide(at, now=NOW + 4) == HandBack(6.0)
+    assert s.decide(at, now=NOW + 11) == HandBack(1.0)
+    assert isinstance(s.decide(answer, now=NOW + 11), Run)
+
+
 def test_a_suspended_turn_expires_when_nobody_answers_in_time(s: Session) -> None:
     at = s.turn("t1")
     s.start("t1", at)
