@@ -153,7 +153,9 @@ class Reader:
         self._connection.cancel()
 
     def finish(self, upto: int) -> None:
-        """Leave with all events up to this offset, which is the session's last."""
+        """Leave with all events up to this offset, which is the session's last; not if it is leaving already."""
+        if self._leaving:
+            return
         self._goal = upto
         if self._done:
             self._connection.cancel()
