@@ -227,7 +227,7 @@ async def test_200_turns_of_several_workers_that_give_up_at_once_are_all_listed(
         await gate.wait()
         raise ConnectionError("the provider is down")
 
-    workers = [await fleet.worker(doomed, max_attempts=1, concurrency=50, lease=None) for _ in range(4)]
+    workers = [await fleet.worker(doomed, max_attempts=1, concurrency=50, lease=30.0) for _ in range(4)]
     turns = [await fleet.session(f"s{n}", "moody").send("x", id=f"t{n}") for n in range(200)]
     await eventually(lambda: sum(len(w.worker.info.running) for w in workers) == 200, 20)
     gate.set()
