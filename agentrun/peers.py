@@ -34,8 +34,8 @@ _BEATS = 5
 """Announcements in the time after which a silent worker is taken for dead."""
 _WHOLE = 20
 """Announcements after which one repeats all that is held, should one of changes have been lost."""
-_RANKS = 4
-"""Peers that try, one after the other, should the first be dying too; past them there is the lease."""
+_RANKS = 8
+"""Peers that try, one after the other, should the first be dead too; past them there is the lease."""
 _TRIES = 5
 _AT_ONCE = 8
 _PAGE = 1000
@@ -240,13 +240,20 @@ class Peers:
 
         return sum(lot(other) < lot(self._me) for other in self._peers)
 
+    async def _my_turn(self, dead: _Peer) -> bool:
+        """Wait for those who are to try first; False where it was only silent, or enough others are to."""
+        waited = 0
+        # Looked at again each time: of those before us some may be found dead meanwhile.
+        while waited < self._rank(dead):
+            if waited == _RANKS:
+                return False
+            await anyio.sleep(self._lost_after / 4)
+            waited += 1
+        return dead.id not in self._peers
+
     async def _rescue(self, dead: _Peer) -> None:
-        rank = self._rank(dead)
-        if not dead.holds or rank >= _RANKS:
+        if not dead.holds or not await self._my_turn(dead):
             return
-        await anyio.sleep(rank * self._lost_after / 4)
-        if dead.id in self._peers:
-            return  # it was only silent
         log.warning(
             "worker %s has been silent for %.1f s: handing over what it held, %d inputs",
             dead.worker,

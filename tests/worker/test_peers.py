@@ -154,14 +154,17 @@ class Witness:
             alive=lambda: True,
         )
 
-    async def sees_die(self, *holds: Hold) -> None:
-        """Let the worker announce that it holds these, and nothing more."""
+    async def sees_die(self, *holds: Hold, others: int = 0) -> None:
+        """Let the worker announce that it holds these, and nothing more; so many others die a moment later."""
         await self.fleet.broker.turns.open("words")
         async with anyio.create_task_group() as group:
             group.start_soon(self.peers.run)
             await anyio.sleep(0.4)
             said = Announcement("dead-id", "dead", new=list(holds), whole=True)
             await self.peers._hear(msgspec.json.encode(said))
+            await anyio.sleep(0.15)
+            for other in range(others):
+                await self.peers._hear(msgspec.json.encode(Announcement(f"other-{other}", "other")))
             await anyio.sleep(1.5)
             group.cancel_scope.cancel()
 
@@ -185,6 +188,16 @@ async def test_what_it_ran_is_said_to_be_lost_and_handed_back(fleet: Fleet) -> N
     assert set(witness.handed_back) == {hold}
     assert await lost(fleet) == [wire.TurnLost(turn="t", attempt=1, worker="dead", by="witness")]
     assert not (await fleet.broker.log.last("s")).pending.running
+
+
+async def test_those_whose_turn_it_was_may_be_dead_as_well(fleet: Fleet) -> None:
+    session = fleet.session(agent="words")
+    await session.send("x", id="t")
+    hold = await begin(fleet, session, "token")
+    witness = Witness(fleet)
+    await witness.sees_die(hold, others=40)
+    assert set(witness.handed_back) == {hold}
+    assert len(await lost(fleet)) == 1
 
 
 async def test_what_it_had_not_begun_is_handed_back_and_nothing_is_said(fleet: Fleet) -> None:
