@@ -5,6 +5,7 @@ from collections.abc import Iterator
 import pytest
 
 from agentrun.brokers.server import NatsServer
+from agentrun.brokers.valkey_server import ValkeyServer
 from tests.brokers.nats_environment import NatsEnvironments
 
 _GROUPS = {
@@ -50,3 +51,10 @@ def nats_server() -> Iterator[NatsServer]:
 def nats_environments(nats_server: NatsServer) -> NatsEnvironments:
     """Empty namespaces of that server."""
     return NatsEnvironments(nats_server)
+
+
+@pytest.fixture(scope="session")
+def valkey_server() -> Iterator[ValkeyServer]:
+    """A real valkey-server, shared by all tests of the run; each test takes a namespace of its own."""
+    with ValkeyServer() as server:
+        yield server

@@ -2,39 +2,50 @@
 
 from __future__ import annotations
 
+import importlib.util
 from typing import Any
 
 from agentrun.broker import Broker
-from agentrun.errors import InvalidInput
+from agentrun.errors import InvalidInput, Misconfigured
 
 __all__ = ["connect"]
 
 _NATS = ("nats", "tls", "ws", "wss")
+_VALKEY = ("valkey", "valkeys", "redis", "rediss")
 
 
 def connect(url: str, *, namespace: str = "default", lease_ttl: float = 30.0, **options: Any) -> Broker:
     """Return the broker a URL names, to be entered with ``async with``; nothing is sent before.
 
     Args:
-        url: ``nats://host:4222`` (also ``tls://``, ``ws://``, ``wss://``) or ``memory://name``.
+        url: ``nats://host:4222`` (also ``tls://``, ``ws://``, ``wss://``), ``valkey://host:6379/0`` (also ``redis://``;
+            ``valkeys://`` and ``rediss://`` for TLS) or ``memory://name``.
         namespace: Keeps deployments on one broker apart.
         lease_ttl: The lease time, in seconds, of queues that are opened without one (not for ``memory://``).
-        options: What the broker's class takes besides: see `agentrun.brokers.nats.NatsBroker` and
-            `agentrun.brokers.memory.MemoryBroker`.
+        options: What the broker's class takes besides: see `agentrun.brokers.nats.NatsBroker`,
+            `agentrun.brokers.valkey.ValkeyBroker` and `agentrun.brokers.memory.MemoryBroker`.
 
     Raises:
         InvalidInput: The scheme is not known.
+        Misconfigured: The extra for this broker is not installed.
     """
     scheme = url.partition("://")[0] if "://" in url else ""
     if scheme in _NATS:
         from agentrun.brokers.nats import NatsBroker
 
         return NatsBroker(url, namespace=namespace, lease_ttl=lease_ttl, **options)
+    if scheme in _VALKEY:
+        if importlib.util.find_spec("valkey") is None:
+            raise Misconfigured(f"{scheme}:// needs the extra 'valkey': pip install 'agentrun[valkey]'")
+        from agentrun.brokers.valkey import ValkeyBroker
+
+        return ValkeyBroker(url, namespace=namespace, lease_ttl=lease_ttl, **options)
     if scheme == "memory":
         from agentrun.brokers.memory import MemoryBroker
 
         name = url.partition("://")[2]
         return MemoryBroker(f"{name}/{namespace}" if namespace != "default" else name, **options)
     raise InvalidInput(
-        f"a broker's URL starts with nats://, tls://, ws://, wss:// or memory://, not {scheme or url[:20]!r}"
+        "a broker's URL starts with nats://, tls://, ws://, wss://, valkey://, valkeys://, redis://, rediss:// or "
+        f"memory://, not {scheme or url[:20]!r}"
     )

@@ -7,10 +7,11 @@ import pytest
 from agentrun.brokers.server import NatsServer
 from agentrun.testing import BrokerContract, Environments, memory_environments
 from tests.brokers.nats_environment import NatsEnvironments
+from tests.brokers.valkey_environment import ValkeyEnvironments
 
 
 class TestContract(BrokerContract):
-    @pytest.fixture(params=["memory", "nats-1", "nats-3"])
+    @pytest.fixture(params=["memory", "nats-1", "nats-3", "valkey-1", "valkey-3"])
     def environments(self, request: pytest.FixtureRequest) -> Environments:
         backend, _, partitions = request.param.partition("-")
         match backend:
@@ -19,5 +20,7 @@ class TestContract(BrokerContract):
             case "nats":
                 server: NatsServer = request.getfixturevalue("nats_server")
                 return NatsEnvironments(server, int(partitions))
+            case "valkey":
+                return ValkeyEnvironments(request.getfixturevalue("valkey_server"), int(partitions))
             case _:
                 raise ValueError(f"no environment for broker {request.param!r}")
