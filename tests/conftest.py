@@ -7,6 +7,7 @@ import pytest
 from agentrun.brokers.server import NatsServer
 from agentrun.brokers.valkey_server import ValkeyServer
 from tests.brokers.nats_environment import NatsEnvironments
+from tests.brokers.valkey_environment import ValkeyEnvironments
 
 _GROUPS = {
     "processes": ("tests/e2e",),
@@ -58,3 +59,9 @@ def valkey_server() -> Iterator[ValkeyServer]:
     """A real valkey-server, shared by all tests of the run; each test takes a namespace of its own."""
     with ValkeyServer() as server:
         yield server
+
+
+@pytest.fixture
+def valkey_environments(valkey_server: ValkeyServer) -> ValkeyEnvironments:
+    """Empty namespaces of that server."""
+    return ValkeyEnvironments(valkey_server)

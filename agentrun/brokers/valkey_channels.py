@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import anyio
@@ -82,6 +83,11 @@ class Channels(Wire):
                 except NotConnected:
                     continue
         raise Unavailable(self.gone)
+
+    async def settle(self) -> None:
+        """Return once nothing comes any more for what was removed, or there is no connection."""
+        with suppress(NotConnected):
+            await self._pong()
 
     def _pong(self) -> asyncio.Future[None]:
         if not self.connected:

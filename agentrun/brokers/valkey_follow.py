@@ -19,7 +19,7 @@ from agentrun.brokers.valkey_channels import Subscriber
 from agentrun.brokers.valkey_core import Core, Stored
 from agentrun.brokers.valkey_link import log
 from agentrun.brokers.valkey_read import page
-from agentrun.errors import RecordsLost, SessionGone, Unavailable
+from agentrun.errors import RecordsLost, Unavailable
 
 PAGE = 500
 BUFFER = 2048
@@ -45,8 +45,8 @@ class Follower:
         self._after = after
         self._cursor = cursor if cursor > _OURS else 0
         """That of the record at ``after``: what was delivered last, or a hint."""
-        self._existed = False
-        """Whether something was delivered."""
+        self._first = 0
+        """When the session began, once that is known."""
         self._deltas = deltas
         self._behind = True
         """Whether the session must be read before live records can be trusted."""
@@ -108,7 +108,8 @@ class Follower:
                 continue
             if records:
                 self._after, self._cursor = records[-1].offset, records[-1].cursor
-                self._existed = True
+                if not self._first and records[0].offset == 1:
+                    self._first = records[0].cursor
                 self._busy = bool(records[-1].pending)
                 self._idle = IDLE
                 return records
@@ -133,22 +134,18 @@ class Follower:
                 self._core,
                 self._session,
                 after=self._after,
-                cursor=self._cursor,
                 deltas=self._deltas,
                 limit=PAGE,
+                cursor=self._cursor,
+                first=self._first,
             )
         except RecordsLost as error:
             log.error("%s", error)
             raise
-        except SessionGone:
-            if self._existed:
-                raise
-            # Only a hint: whoever asks for an offset that is still to come waits for it.
-            self._cursor, self._behind = 0, True
-            return ()
         except BaseException:
             self._behind = True
             raise
+        self._first = found.first
         self._behind = self._behind or not found.complete
         return [stored.record for stored in found.records]
 
@@ -159,12 +156,12 @@ class Follower:
 
     def _drain(self) -> Sequence[Record]:
         records: list[Record] = []
-        after, cursor = self._after, self._cursor if self._existed else 0
+        after, cursor = self._after, self._cursor
         while self._buffer:
             data = self._buffer.popleft()
             self._bytes -= len(data)
             stored = Stored.parse(data)
-            if stored.record.offset <= after and (not self._existed or stored.record.cursor <= cursor):
+            if stored.record.offset <= after and (not cursor or stored.record.cursor <= cursor):
                 continue  # it was read, or the offset asked for is still to come
             if not self._is_next(stored, after):
                 self._behind = True

@@ -14,7 +14,7 @@ import ssl
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
-from typing import Any
+from typing import Any, cast
 from urllib.parse import unquote, urlsplit
 
 import anyio
@@ -192,9 +192,10 @@ class Wire:
             scope.cancel()
 
     async def _read(self, connection: AbstractConnection) -> None:
+        read = cast("Callable[..., Awaitable[_Reply]]", connection.read_response)
         while True:
             try:
-                reply: _Reply = await connection.read_response(disable_decoding=True, disconnect_on_error=False)
+                reply = await read(disable_decoding=True, disconnect_on_error=False)
             except ResponseError as error:
                 reply = error
             self._heard = anyio.current_time()

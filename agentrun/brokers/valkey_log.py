@@ -85,7 +85,7 @@ class ValkeyLog:
         out: list[Record] = []
         while len(out) < limit:
             at = out[-1].offset if out else after
-            found = await page(self._core, session, after=at, cursor=0, deltas=deltas, limit=limit - len(out))
+            found = await page(self._core, session, after=at, deltas=deltas, limit=limit - len(out))
             out += [stored.record for stored in found.records]
             if found.complete:
                 break

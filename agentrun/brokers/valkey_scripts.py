@@ -98,12 +98,17 @@ end
 
 local function tail(s) return {s.offset, s.given, s.time, s.kind, s.pending, s.kept} end
 
--- What became of a record that was at this offset: '' it may be there, 'gone' deleted, 'lost' the server lost it.
+-- What became of a session that began at a time: '' it is there, 'gone' deleted, 'lost' the server lost it.
+local function whereabouts(s, first)
+  if s.exists and tonumber(s.first) <= tonumber(first) then return '' end
+  return tonumber(s.deleted) >= tonumber(first) and 'gone' or 'lost'
+end
+
+-- The same of a record that was stored at this offset and time.
 local function fate(s, offset, cursor)
   if cursor == '0' or offset == '0' then return '' end
-  if not s.exists or tonumber(cursor) < tonumber(s.first) then
-    return tonumber(s.deleted) >= tonumber(cursor) and 'gone' or 'lost'
-  end
+  local what = whereabouts(s, cursor)
+  if what ~= '' then return what end
   if tonumber(s.given) < tonumber(offset) then return 'lost' end
   local found = at(s.E, offset) or at(s.D, offset)
   if found then
@@ -273,15 +278,17 @@ return {'stored', header}
 """,
 )
 
-# prefix, session, after, cursor or 0, whether deltas are wanted, how many records, how many bytes.
+# prefix, session, after, cursor or 0, whether deltas are wanted, how many records, how many bytes, when the session
+# began or 0.
 READ = Script(
     "read",
     """
 local after, cursor, deltas = ARGV[3], ARGV[4], ARGV[5]
 local limit, budget = tonumber(ARGV[6]), tonumber(ARGV[7])
 local s = load(ARGV[1], ARGV[2])
-local what = fate(s, after, cursor)
-if what ~= '' then return {what, s.given} end
+local what = ARGV[8] ~= '0' and whereabouts(s, ARGV[8]) or ''
+if what == '' then what = fate(s, after, cursor) end
+if what ~= '' then return {what, s.given, s.first} end
 
 local function page(key)
   local out, size, from = {}, 0, tonumber(after)
@@ -301,7 +308,7 @@ end
 local e, e_all, d, d_all = {}, 1, {}, 1
 if tonumber(after) < tonumber(s.kept) then e, e_all = page(s.E) end
 if deltas == '1' and tonumber(after) < tonumber(s.given) then d, d_all = page(s.D) end
-return {'', s.given, e, e_all, d, d_all}
+return {'', s.given, s.first, e, e_all, d, d_all}
 """,
 )
 

@@ -69,8 +69,11 @@ class ValkeySignals:
                 finally:
                     scopes.discard(scope)
 
+        def on_request(data: bytes) -> None:
+            self._core.background.start_soon(answer, data)
+
         name = self._channel(channel)
-        subscriber = Subscriber(lambda data: self._core.background.start_soon(answer, data))
+        subscriber = Subscriber(on_request)
         self._core.signals.add(name, subscriber)
         try:
             await self._core.signals.sync()
@@ -79,9 +82,8 @@ class ValkeySignals:
             self._core.signals.remove(name, subscriber)
             for scope in scopes:
                 scope.deadline = anyio.current_time() + HANDLER_GRACE
-            if self._core.signals.connected:
-                with anyio.move_on_after(1, shield=True), suppress(Unavailable):
-                    await self._core.signals.sync()
+            with anyio.move_on_after(1, shield=True):
+                await self._core.signals.settle()
 
     async def _reply(self, inbox: bytes, data: bytes) -> None:
         with suppress(NotConnected):

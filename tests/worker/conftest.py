@@ -8,10 +8,12 @@ from agentrun.testing import Environments, Settings, memory_environments
 from tests.worker.fleet import LEASE, Fleet, fleet_on
 
 
-@pytest.fixture(params=["memory", "nats"])
+@pytest.fixture(params=["memory", "nats", "valkey"])
 def environments(request: pytest.FixtureRequest) -> Environments:
-    """Each test of a worker runs on both brokers."""
-    return memory_environments if request.param == "memory" else request.getfixturevalue("nats_environments")
+    """Each test of a worker runs on every broker."""
+    return (
+        memory_environments if request.param == "memory" else request.getfixturevalue(f"{request.param}_environments")
+    )
 
 
 @pytest.fixture
