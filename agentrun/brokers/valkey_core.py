@@ -135,8 +135,13 @@ class Core:
 
     @property
     def names(self) -> str:
-        """What the namespace's channels, and its keys outside the partitions, begin with."""
+        """What the namespace's keys outside the partitions begin with."""
         return f"ar:{self.namespace}:"
+
+    @property
+    def topics(self) -> str:
+        """What its channels begin with: those of all databases of a server are the same."""
+        return f"ar:{self.namespace}:{self.commands.options.database}:"
 
     def prefix(self, partition: int) -> str:
         """What a partition's keys begin with."""

@@ -59,7 +59,7 @@ class Follower:
         self._ear = Ear(self._bell)
         self._subscriber = Subscriber(self._on_live, self._on_begin)
         kinds = ("events", "deltas") if deltas else ("events",)
-        self._channels = [f"{core.names}{kind}:{session}" for kind in kinds]
+        self._channels = [f"{core.topics}{kind}:{session}" for kind in kinds]
 
     async def __aenter__(self) -> Self:
         # In the end the last one is in force, and then all are.

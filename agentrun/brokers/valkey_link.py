@@ -62,7 +62,7 @@ class LinkOptions(Struct, frozen=True, kw_only=True):
     def __post_init__(self) -> None:
         try:
             parts = urlsplit(self.url)
-            usable = bool(parts.hostname) and parts.port != 0 and (self._database or "0").isdecimal()
+            usable = bool(parts.hostname) and parts.port != 0 and (parts.path.strip("/") or "0").isdecimal()
             usable = usable and not parts.query and not parts.fragment
         except ValueError:
             usable = False
@@ -76,8 +76,9 @@ class LinkOptions(Struct, frozen=True, kw_only=True):
         return f"{scheme}{slashes}{rest.rpartition('@')[2]}"
 
     @property
-    def _database(self) -> str:
-        return urlsplit(self.url).path.strip("/")
+    def database(self) -> int:
+        """The number of the database."""
+        return int(urlsplit(self.url).path.strip("/") or "0")
 
     def connection(self, name: str) -> AbstractConnection:
         """A connection, not made yet."""
@@ -85,7 +86,7 @@ class LinkOptions(Struct, frozen=True, kw_only=True):
         options: dict[str, Any] = {
             "host": parts.hostname,
             "port": parts.port or 6379,
-            "db": int(self._database or "0"),
+            "db": self.database,
             "username": unquote(parts.username) if parts.username else None,
             "password": unquote(parts.password) if parts.password else None,
             "client_name": f"agentrun-{name}",
@@ -119,7 +120,7 @@ class Wire:
         self._up = asyncio.Event()
         self._packer = options.connection(name)
         self._heard = 0.0
-        self._waiting_since: float | None = None
+        self._refusal: Misconfigured | None = None
 
     # ------------------------------------------------------------------------------------------------ life
 
@@ -164,7 +165,6 @@ class Wire:
     async def _serve(self, connection: AbstractConnection, task_status: TaskStatus[None] | None) -> None:
         self._out.clear()
         self._heard = anyio.current_time()
-        self._waiting_since = None
         self.connected = True
         self._on_connected()
         self._up.set()
@@ -180,6 +180,8 @@ class Wire:
             self._on_lost()
             with anyio.CancelScope(shield=True):
                 await _disconnect(connection)
+        if self._refusal is not None:
+            raise self._refusal
         log.warning("connection %s to %s lost (%s), reconnecting", self.name, self.options.shown, self.last_error)
 
     async def _until_lost(
@@ -189,6 +191,9 @@ class Wire:
             await part(connection)
         except (ValkeyError, OSError) as error:
             self._say(error, started=True)
+            scope.cancel()
+        except Misconfigured as error:
+            self._refusal = error
             scope.cancel()
 
     async def _read(self, connection: AbstractConnection) -> None:
@@ -207,7 +212,10 @@ class Wire:
             self._filled.clear()
             out, self._out = self._out, []
             if out:
-                await connection.send_packed_command(out, check_health=False)
+                try:
+                    await connection.send_packed_command(out, check_health=False)
+                except RuntimeError as error:  # uvloop's, for a connection that was lost just now
+                    raise OSError(str(error)) from None
 
     async def _watch(self, connection: AbstractConnection) -> None:
         while True:

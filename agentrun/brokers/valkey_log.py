@@ -63,7 +63,7 @@ class ValkeyLog:
         args = (
             place.prefix,
             session,
-            self._core.names,
+            self._core.topics,
             str(after.offset),
             str(after.next - 1),
             str(after.cursor),
@@ -104,7 +104,7 @@ class ValkeyLog:
     async def delete(self, session: str) -> None:
         """See `SessionLog.delete`."""
         place = self._core.place(session)
-        args = (place.prefix, session, self._core.names, str(REMEMBERED * 1000))
+        args = (place.prefix, session, self._core.topics, str(REMEMBERED * 1000))
         await self._core.run(DELETE, place.key, args)
 
 

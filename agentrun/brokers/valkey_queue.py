@@ -106,7 +106,7 @@ class ValkeyQueue:
             prefixes = [self._core.prefix(number) for number in range(self._core.found.partitions)]
             state = self._agents[agent] = _Agent(agent, found, prefixes)
             subscriber = Subscriber(lambda prefix: state.look(prefix.decode()), state.look)
-            self._core.signals.add(f"{self._core.names}wake:{agent}", subscriber)
+            self._core.signals.add(f"{self._core.topics}wake:{agent}", subscriber)
         self._agents[agent].lease_ttl = found
         return found
 
@@ -152,7 +152,7 @@ class ValkeyQueue:
         token = secrets.token_hex(8)
         again = False
         while True:
-            words = (prefix, self._core.names, state.name, token, str(round(state.lease_ttl * 1e6)))
+            words = (prefix, self._core.topics, state.name, token, str(round(state.lease_ttl * 1e6)))
             try:
                 future = self._core.commands.evaluate(LEASE, f"{prefix}r:{state.name}", (*words, "1" if again else "0"))
                 try:
@@ -201,13 +201,13 @@ class ValkeyQueue:
     async def acknowledge(self, session: str, offset: int, token: str) -> None:
         """Take a leased input off the queue."""
         place = self._core.place(session)
-        args = (place.prefix, session, self._core.names, str(offset), token)
+        args = (place.prefix, session, self._core.topics, str(offset), token)
         await self._core.run(ACK, place.key, args, patience=SETTLE)
 
     async def give_back(self, session: str, offset: int, token: str, delay: float) -> None:
         """Have a leased input given out again."""
         place = self._core.place(session)
-        args = (place.prefix, session, self._core.names, str(offset), token, str(round(delay * 1e6)))
+        args = (place.prefix, session, self._core.topics, str(offset), token, str(round(delay * 1e6)))
         await self._core.run(GIVE_BACK, place.key, args, patience=SETTLE)
 
     def early(self) -> Sequence[Hold]:
@@ -217,7 +217,7 @@ class ValkeyQueue:
     async def hand_back(self, hold: Hold) -> None:
         """See `TurnQueue.hand_back`."""
         place = self._core.place(hold.session)
-        args = (place.prefix, hold.session, self._core.names, str(hold.offset), "", "0")
+        args = (place.prefix, hold.session, self._core.topics, str(hold.offset), "", "0")
         with anyio.move_on_after(SETTLE):
             while True:
                 try:

@@ -178,7 +178,7 @@ return tail(load(ARGV[1], ARGV[2]))
 """,
 )
 
-# prefix, session, namespace's prefix, after: offset, last given, cursor; kind, pending, agent or '-', dedupe key or '',
+# prefix, session, prefix of channels, after: offset, last given, cursor; kind, pending, agent or '-', dedupe key or '',
 # dedupe window in ms, deltas' time to live in ms, writer, body.
 APPEND = Script(
     "append",
@@ -312,7 +312,7 @@ return {'', s.given, s.first, e, e_all, d, d_all}
 """,
 )
 
-# prefix, session, namespace's prefix, the time to keep what says that the session was deleted, in ms.
+# prefix, session, prefix of channels, the time to keep what says that the session was deleted, in ms.
 DELETE = Script(
     "delete",
     """
@@ -330,7 +330,7 @@ return 1
 """,
 )
 
-# prefix, namespace's prefix, agent, token, lease time in microseconds, whether this asks again.
+# prefix, prefix of channels, agent, token, lease time in microseconds, whether this asks again.
 LEASE = Script(
     "lease",
     """
@@ -408,7 +408,7 @@ return 1
 """,
 )
 
-# prefix, session, namespace's prefix, offset, token.
+# prefix, session, prefix of channels, offset, token.
 ACK = Script(
     "ack",
     """
@@ -422,7 +422,7 @@ return 1
 """,
 )
 
-# prefix, session, namespace's prefix, offset, token or '' for whoever holds it, delay in microseconds.
+# prefix, session, prefix of channels, offset, token or '' for whoever holds it, delay in microseconds.
 GIVE_BACK = Script(
     "give_back",
     """

@@ -27,14 +27,14 @@ class ValkeySignals:
     def __init__(self, core: Core, beats: Heartbeats) -> None:
         self._core = core
         self._beats = beats
-        self._inbox = f"{core.names}reply:{core.id}"
+        self._inbox = f"{core.topics}reply:{core.id}"
         self._asked: dict[bytes, Callable[[bytes], None]] = {}
         self._ids = itertools.count()
 
     def _channel(self, channel: str) -> str:
         for part in channel.split("."):
             check_id("a channel's part", part)
-        return f"{self._core.names}sig:{channel}"
+        return f"{self._core.topics}sig:{channel}"
 
     async def begin(self) -> None:
         """Be ready to hear replies.
