@@ -149,7 +149,7 @@ class ValkeyQueue:
         return None
 
     async def _ask(self, state: _Agent, prefix: str) -> ValkeyLease | None:
-        token = secrets.token_hex(8)
+        token = f"{self._core.id}.{secrets.token_hex(8)}"
         again = False
         while True:
             words = (prefix, self._core.topics, state.name, token, str(round(state.lease_ttl * 1e6)))

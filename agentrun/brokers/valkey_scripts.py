@@ -29,11 +29,15 @@ import hashlib
 
 
 class Script:
-    """A script and the name the server knows it by."""
+    """A script and the name the server knows it by.
 
-    def __init__(self, name: str, text: str) -> None:
+    Its first line has the server refuse keys of another slot, and the whole script where there is no memory, unless
+    ``flags`` says that it needs none.
+    """
+
+    def __init__(self, name: str, text: str, flags: str = "") -> None:
         self.name = name
-        self.text = _COMMON + text
+        self.text = f"#!lua flags={flags}\n{_COMMON}{text}" if flags else f"#!lua\n{_COMMON}{text}"
         self.sha = hashlib.sha1(self.text.encode(), usedforsecurity=False).hexdigest()
 
     def __repr__(self) -> str:
@@ -176,6 +180,7 @@ TAIL = Script(
     """
 return tail(load(ARGV[1], ARGV[2]))
 """,
+    "no-writes",
 )
 
 # prefix, session, prefix of channels, after: offset, last given, cursor; kind, pending, agent or '-', dedupe key or '',
@@ -310,6 +315,7 @@ if tonumber(after) < tonumber(s.kept) then e, e_all = page(s.E) end
 if deltas == '1' and tonumber(after) < tonumber(s.given) then d, d_all = page(s.D) end
 return {'', s.given, s.first, e, e_all, d, d_all}
 """,
+    "no-writes",
 )
 
 # prefix, session, prefix of channels, the time to keep what says that the session was deleted, in ms.
@@ -328,14 +334,19 @@ call('PEXPIRE', s.T, ARGV[4])
 call('PUBLISH', N .. 'events:' .. S, '')
 return 1
 """,
+    "allow-oom",
 )
 
-# prefix, prefix of channels, agent, token, lease time in microseconds, whether this asks again.
+# prefix, prefix of channels, agent, token (the holder's connection, a dot, something new), lease time in microseconds,
+# whether this asks again.
 LEASE = Script(
     "lease",
     """
 local P, N, agent, token, ttl = ARGV[1], ARGV[2], ARGV[3], ARGV[4], tonumber(ARGV[5])
 local t = now()
+local GRACE = 200000
+
+local function same_holder(one, other) return string.match(one, '^%x+') == string.match(other, '^%x+') end
 
 local function give(s, offset)
   local record = at(s.E, offset)
@@ -353,41 +364,41 @@ if ARGV[6] == '1' then
   end
 end
 
--- What was given out before goes first: those turns have begun.
-for _, list in ipairs({'l:', 'a:', 'r:'}) do
-  local key = P .. list .. agent
-  for _ = 1, 100 do
-    local member = call('ZRANGEBYSCORE', key, '-inf', int(t), 'LIMIT', 0, 1)[1]
-    if not member then break end
-    call('ZREM', key, member)
-    local offset, S = string.match(member, '^(%d+):(.*)$')
-    local s = load(P, S)
-    local lease = call('HMGET', s.T, 'lo', 'lx', 'q' .. offset)
-    local list = entries(s.pending)
-    if lease[1] == offset then
-      let_go(s)
-      lease[1] = false
-    end
-    local busy = lease[1] and tonumber(lease[2]) > t
-    if lease[3] == agent and not busy then
-      local given = contains(ready(list), offset) and give(s, offset)
-      if given then
-        call('HSET', s.T, 'lo', offset, 'lt', token, 'lx', int(t + ttl))
-        call('ZADD', P .. 'l:' .. agent, int(t + ttl), member)
-        call('SET', P .. 'g:' .. token, member, 'PX', 60000)
-        return given
-      end
-      -- It was trimmed, or it waits again for those before it.
-      if not at(s.E, offset) then unqueue(s, offset) end
-      requeue(s, N, s.pending, s.pending, t)
-    end
-  end
-end
-
+-- What was given out before goes first: those turns have begun. Who let a lease run out does not get it again at once.
 local soonest = nil
 for _, list in ipairs({'l:', 'a:', 'r:'}) do
-  local first = call('ZRANGE', P .. list .. agent, 0, 0, 'WITHSCORES')
-  if first[2] and (not soonest or tonumber(first[2]) < soonest) then soonest = tonumber(first[2]) end
+  local key, passed = P .. list .. agent, 0
+  for _ = 1, 100 do
+    local member = call('ZRANGEBYSCORE', key, '-inf', int(t), 'LIMIT', passed, 1)[1]
+    if not member then break end
+    local offset, S = string.match(member, '^(%d+):(.*)$')
+    local s = load(P, S)
+    local lease = call('HMGET', s.T, 'lo', 'lx', 'lt', 'q' .. offset)
+    local ours = lease[1] == offset
+    local again = ours and same_holder(lease[3], token) and tonumber(lease[2]) + GRACE
+    if again and again > t then
+      passed = passed + 1
+      soonest = math.min(again, soonest or again)
+    else
+      call('ZREM', key, member)
+      if ours then let_go(s) end
+      local busy = not ours and lease[1] and tonumber(lease[2]) > t
+      if lease[4] == agent and not busy then
+        local given = contains(ready(entries(s.pending)), offset) and give(s, offset)
+        if given then
+          call('HSET', s.T, 'lo', offset, 'lt', token, 'lx', int(t + ttl))
+          call('ZADD', P .. 'l:' .. agent, int(t + ttl), member)
+          call('SET', P .. 'g:' .. token, member, 'PX', 60000)
+          return given
+        end
+        -- It was trimmed, or it waits again for those before it.
+        if not at(s.E, offset) then unqueue(s, offset) end
+        requeue(s, N, s.pending, s.pending, t)
+      end
+    end
+  end
+  local first = call('ZRANGE', key, passed, passed, 'WITHSCORES')
+  if first[2] then soonest = math.min(tonumber(first[2]), soonest or tonumber(first[2])) end
 end
 return {'none', soonest and int(soonest) or ''}
 """,
@@ -406,6 +417,7 @@ call('HSET', T, 'lx', till)
 call('ZADD', P .. 'l:' .. agent, 'XX', till, offset .. ':' .. S)
 return 1
 """,
+    "allow-oom",
 )
 
 # prefix, session, prefix of channels, offset, token.
@@ -420,6 +432,7 @@ unqueue(s, ARGV[4])
 requeue(s, ARGV[3], s.pending, s.pending, now())
 return 1
 """,
+    "allow-oom",
 )
 
 # prefix, session, prefix of channels, offset, token or '' for whoever holds it, delay in microseconds.
@@ -440,6 +453,7 @@ end
 requeue(s, N, s.pending, s.pending, t)
 return 1
 """,
+    "allow-oom",
 )
 
 # prefix, agent. Gives how many inputs are queued, and how many of them are leased.
@@ -449,4 +463,5 @@ STATS = Script(
 local queued = tonumber(call('GET', ARGV[1] .. 'n:' .. ARGV[2]) or '0')
 return {queued, call('ZCOUNT', ARGV[1] .. 'l:' .. ARGV[2], '(' .. int(now()), '+inf')}
 """,
+    "no-writes",
 )

@@ -21,7 +21,7 @@ from tests.brokers.nats_environment import new_namespace
 
 
 class Proxy:
-    """Passes bytes between clients and one server. Loses an append's answer by breaking its connection before it."""
+    """Passes bytes between clients and one server. Loses a script's answer by breaking its connection before it."""
 
     def __init__(self, port: int) -> None:
         self._target = port
@@ -29,11 +29,11 @@ class Proxy:
         self._writers: set[asyncio.StreamWriter] = set()
         self._tasks: set[asyncio.Task[None]] = set()
         self.losing = 0
-        """How many answers to appends are still to be lost."""
+        """How many answers to ``script`` are still to be lost."""
+        self.script = APPEND
         self.refusing = False
         """Whether new connections are refused."""
-        self.frozen = False
-        """Whether nothing is passed on any more."""
+        self._frozen: set[asyncio.StreamWriter] = set()
         self.port = 0
 
     @property
@@ -57,6 +57,10 @@ class Proxy:
         for writer in tuple(self._writers):
             writer.transport.abort()
 
+    def freeze(self) -> None:
+        """Pass nothing any more on the connections there are now, which stay open. New ones work."""
+        self._frozen.update(self._writers)
+
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         task = asyncio.current_task()
         assert task is not None
@@ -77,15 +81,16 @@ class Proxy:
             for end in ends:
                 end.transport.abort()
             self._writers.difference_update(ends)
+            self._frozen.difference_update(ends)
             await asyncio.gather(upward, return_exceptions=True)
 
     async def _upward(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, asked: asyncio.Event) -> None:
         with suppress(OSError):
             while data := await reader.read(65536):
-                if self.losing and APPEND.sha.encode() in data:
+                if self.losing and self.script.sha.encode() in data:
                     self.losing -= 1
                     asked.set()
-                if not self.frozen:
+                if writer not in self._frozen:
                     writer.write(data)
                     await writer.drain()
         writer.transport.abort()
@@ -94,7 +99,7 @@ class Proxy:
         while data := await reader.read(65536):
             if asked.is_set():
                 return
-            if not self.frozen:
+            if writer not in self._frozen:
                 writer.write(data)
                 await writer.drain()
 
