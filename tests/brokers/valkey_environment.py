@@ -88,7 +88,6 @@ class Proxy:
         with suppress(OSError):
             while data := await reader.read(65536):
                 if self.losing and self.script.sha.encode() in data:
-                    self.losing -= 1
                     asked.set()
                 if writer not in self._frozen:
                     writer.write(data)
@@ -98,7 +97,10 @@ class Proxy:
     async def _downward(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, asked: asyncio.Event) -> None:
         while data := await reader.read(65536):
             if asked.is_set():
-                return
+                asked.clear()
+                if b"-NOSCRIPT" not in data:  # then it was not run, and comes again
+                    self.losing -= 1
+                    return
             if writer not in self._frozen:
                 writer.write(data)
                 await writer.drain()
