@@ -137,6 +137,7 @@ class ValkeyBroker:
             self._core.clock.set(int(seconds) + int(micros) / 1e6)
             if self._check:
                 self._core.layout = await load(self._core, self._min_dedupe_window)
+                self._warn(self._core.found.durable)
             await self._signals.begin()
         except BaseException as error:
             await self._close(type(error), error, error.__traceback__)
@@ -166,6 +167,13 @@ class ValkeyBroker:
             self._core.tasks = None
             with anyio.CancelScope(shield=True):
                 await self._beats.stop()
+
+    def _warn(self, durable: bool) -> None:
+        if not durable:
+            log.warning(
+                "%s has no append-only file: what is stored there does not survive it (appendonly yes)",
+                self._core.commands.options.shown,
+            )
 
     def _look(self) -> None:
         self._reconnected.set()

@@ -5,7 +5,6 @@ from __future__ import annotations
 from agentrun.broker import QueueStats
 from agentrun.brokers.nats_layout import Streams
 from agentrun.brokers.valkey_core import Core, Layout
-from agentrun.brokers.valkey_link import log
 from agentrun.brokers.valkey_scripts import STATS
 from agentrun.errors import InvalidInput, Misconfigured
 
@@ -59,11 +58,6 @@ async def load(core: Core, min_dedupe_window: float) -> Layout:
         raise Misconfigured(
             f"namespace {core.namespace} remembers ids for {layout.dedupe_window:g} s, needed is at least "
             f"{min_dedupe_window:g} s: run `agentrun setup --dedupe-window`"
-        )
-    if not durable:
-        log.warning(
-            "%s has no append-only file: what is stored there does not survive it (appendonly yes)",
-            core.commands.options.shown,
         )
     return layout
 

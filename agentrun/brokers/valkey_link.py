@@ -118,7 +118,6 @@ class Wire:
         self._out: list[bytes] = []
         self._filled = asyncio.Event()
         self._up = asyncio.Event()
-        self._packer = options.connection(name)
         self._heard = 0.0
         self._refusal: Misconfigured | None = None
 
@@ -238,7 +237,7 @@ class Wire:
         return f"no connection to {self.options.shown}{because}"
 
     def _put(self, *words: str | bytes) -> None:
-        self._out += self._packer.pack_command(*words)
+        self._out.append(_packed(words))
         self._filled.set()
 
     # ------------------------------------------------------------------------------- what the two do differently
@@ -353,6 +352,15 @@ class Link(Wire):
             self.last_error = "the server is out of memory"
             return NotSent(text)
         return Misconfigured(f"{self.options.shown} refuses a command: {text}")
+
+
+def _packed(words: Sequence[str | bytes]) -> bytes:
+    """A command as it is sent; valkey-py's own takes ten times as long for one of many words."""
+    out = [b"*%d\r\n" % len(words)]
+    for word in words:
+        data = word.encode() if isinstance(word, str) else word
+        out.append(b"$%d\r\n%b\r\n" % (len(data), data))
+    return b"".join(out)
 
 
 def _final(error: BaseException) -> bool:
