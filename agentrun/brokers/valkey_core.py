@@ -179,6 +179,25 @@ class Core:
                     await self.until_connected()
         raise Unavailable(self.silence(patience))
 
+    async def run_unless_done(
+        self, script: Script, key: str, args: Sequence[str | bytes], *, patience: float = PATIENCE
+    ) -> Any:
+        """Run a script, again only where it is known that nothing was done.
+
+        Raises:
+            Unavailable: It was not run, or that is not known.
+            Misconfigured: The server refuses.
+        """
+        with anyio.move_on_after(patience):
+            while True:
+                try:
+                    return await self.run_once(script, key, args)
+                except NotSent:
+                    await self.until_connected()
+                except NotConnected:
+                    break
+        raise Unavailable(self.silence(patience))
+
     async def run_once(self, script: Script, key: str, args: Sequence[str | bytes]) -> Any:
         """Run a script.
 

@@ -102,10 +102,15 @@ class ValkeyLog:
         return Follower(self._core, session, after, cursor, deltas)
 
     async def delete(self, session: str) -> None:
-        """See `SessionLog.delete`."""
+        """See `SessionLog.delete`.
+
+        Raises:
+            Unavailable: It was not deleted, or that is not known.
+        """
         place = self._core.place(session)
         args = (place.prefix, session, self._core.topics, str(REMEMBERED * 1000))
-        await self._core.run(DELETE, place.key, args)
+        # Sent again late, it could remove what began anew meanwhile.
+        await self._core.run_unless_done(DELETE, place.key, args)
 
 
 def _outcome(call: _Append, reply: list[Any]) -> Tail:

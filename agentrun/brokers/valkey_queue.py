@@ -119,7 +119,7 @@ class ValkeyQueue:
         ear = Ear(state.bell)
         try:
             while True:
-                with anyio.move_on_at(max(end, anyio.current_time() + 0.5)):
+                with anyio.move_on_after(max(end - anyio.current_time(), 0.5)):
                     if lease := await self._take(state):
                         return lease
                 left = end - anyio.current_time()
@@ -218,14 +218,5 @@ class ValkeyQueue:
         """See `TurnQueue.hand_back`."""
         place = self._core.place(hold.session)
         args = (place.prefix, hold.session, self._core.topics, str(hold.offset), "", "0")
-        with anyio.move_on_after(SETTLE):
-            while True:
-                try:
-                    await self._core.run_once(GIVE_BACK, place.key, args)
-                    return
-                except NotSent:
-                    await self._core.until_connected()
-                except NotConnected:
-                    # Once only: sent again late, it could take the input from whoever has it by then.
-                    break
-        raise Unavailable(self._core.silence(SETTLE))
+        # Sent again late, it could take the input from whoever has it by then.
+        await self._core.run_unless_done(GIVE_BACK, place.key, args, patience=SETTLE)
