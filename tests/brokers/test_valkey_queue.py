@@ -10,8 +10,9 @@ import pytest
 
 from agentrun.broker import Hold, Lease
 from agentrun.brokers.valkey_scripts import GIVE_BACK, LEASE
+from agentrun.brokers.valkey_server import ValkeyServer
 from agentrun.errors import Unavailable
-from agentrun.testing import Settings
+from agentrun.testing import CHECKS, Settings
 from agentrun.testing.contract_players import AGENT, PATIENCE, must_not_take, must_take, own, send
 from tests.brokers.valkey_environment import Proxy, ValkeyEnvironment, ValkeyEnvironments, client
 
@@ -187,3 +188,19 @@ async def test_nothing_is_left_of_what_was_settled_or_deleted(valkey_environment
         # What says that the sessions were deleted, how much is queued, and what a lease was given, for a minute.
         kinds = {key.partition("}:")[2].partition(":")[0] for key in keys}
         assert kinds == {"t", "n", "g"}
+
+
+async def test_a_fleet_goes_on_over_crashes_of_the_server() -> None:
+    check = next(check for check in CHECKS if check.name == "Q2_fleet_keeps_order_without_overlap")
+    with ValkeyServer(settings="appendfsync always") as server:
+        async with ValkeyEnvironments(server)(check.settings) as environment, anyio.create_task_group() as tasks:
+
+            async def crash() -> None:
+                for _ in range(5):
+                    await anyio.sleep(0.7)
+                    server.kill()
+                    await anyio.to_thread.run_sync(server.start)
+
+            tasks.start_soon(crash)
+            await check.run(environment)
+            tasks.cancel_scope.cancel()
