@@ -11,7 +11,7 @@ from tests.brokers.valkey_environment import ValkeyEnvironments
 
 
 class TestContract(BrokerContract):
-    @pytest.fixture(params=["memory", "nats-1", "nats-3", "valkey-1", "valkey-3"])
+    @pytest.fixture(params=["memory", "nats-1", "nats-3", "valkey-2"])
     def environments(self, request: pytest.FixtureRequest) -> Environments:
         backend, _, partitions = request.param.partition("-")
         match backend:
