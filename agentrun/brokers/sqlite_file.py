@@ -110,9 +110,13 @@ class File:
         try:
             if not dry_run or self.path.exists():
                 with closing(self._connect("rw" if dry_run else "rwc")) as db:
-                    if db.execute("PRAGMA application_id").fetchone() == (_OURS,):
+                    db.execute("BEGIN")  # both are of the same moment, should another process be making it
+                    (whose,) = db.execute("PRAGMA application_id").fetchone()
+                    (tables,) = db.execute("SELECT count(*) FROM sqlite_master").fetchone()
+                    db.execute("COMMIT")
+                    if whose == _OURS:
                         return []
-                    if db.execute("SELECT count(*) FROM sqlite_master").fetchone() != (0,):
+                    if tables:
                         raise Misconfigured(f"{self.path} holds the tables of something else: name another file")
                     if not dry_run:
                         db.execute("PRAGMA journal_mode = WAL")
