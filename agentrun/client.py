@@ -57,7 +57,7 @@ class Result(Struct, frozen=True):
 async def connect(
     url: str, *, namespace: str = "default", agent: str | None = None, settings: ClientSettings | None = None
 ) -> AsyncGenerator[Client]:
-    """Connect to a broker (``nats://host:4222``, ``memory://name``) and give a `Client`.
+    """Connect to a broker (``nats://host:4222``, ``memory://name``, ``sqlite:///dev.db``) and give a `Client`.
 
     Args:
         url: The broker.

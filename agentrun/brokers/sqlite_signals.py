@@ -36,7 +36,6 @@ class SqliteSignals:
         self._place = str(folder)
         self._fd: int | None = None
         self._sender = ThreadPoolExecutor(1, thread_name_prefix="agentrun-signals")
-        self._out = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
         self._full: set[str] = set()
 
     def open(self) -> None:
@@ -50,7 +49,6 @@ class SqliteSignals:
     def close(self) -> None:
         """End the thread that sends, when it has sent everything."""
         self._sender.shutdown()
-        self._out.close()
         if self._fd is not None:
             os.close(self._fd)
             self._fd = None
@@ -66,7 +64,8 @@ class SqliteSignals:
                 if reply_to:
                     tasks.start_soon(self._answer, handler, body, reply_to.decode())
                 else:
-                    told.send_nowait(body)
+                    with suppress(anyio.BrokenResourceError):  # a handler has raised, the listening ends
+                        told.send_nowait(body)
 
             tasks.start_soon(_hear, hear, handler)
             try:
@@ -151,9 +150,10 @@ class SqliteSignals:
 
     def _deliver(self, name: str, message: bytes) -> bool:
         """Send to a socket; return whether somebody owns it."""
-        self._out.settimeout(0 if name in self._full else _PATIENCE)
         try:
-            self._out.sendto(message, f"{self._place}/{name}")
+            with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as out:
+                out.settimeout(0 if name in self._full else _PATIENCE)
+                out.sendto(message, f"{self._place}/{name}")
         except (BlockingIOError, TimeoutError):
             self._full.add(name)
             return True

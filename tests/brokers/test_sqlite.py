@@ -18,10 +18,10 @@ import anyio
 import anyio.to_thread
 import pytest
 
-from agentrun.broker import Entry, Hold, Kind, Pending, Tail
-from agentrun.brokers import connect
+from agentrun.broker import Entry, Hold, Kind, Pending, QueueStats, Tail
+from agentrun.brokers import connect, sqlite
 from agentrun.brokers.sqlite import SqliteBroker
-from agentrun.errors import InvalidInput, Misconfigured, NoListener, TooLarge, Unavailable
+from agentrun.errors import Duplicate, InvalidInput, Misconfigured, NoListener, TooLarge, Unavailable
 from agentrun.testing.contract_players import (
     everything,
     gather_through,
@@ -229,6 +229,72 @@ async def test_a_request_over_the_limit_is_refused(path: Path) -> None:
     async with SqliteBroker(path) as broker:
         with pytest.raises(TooLarge):
             await broker.signals.request("c", bytes(1_000_000), timeout=1)
+
+
+# ------------------------------------------------------------------------------------------------------- time
+
+
+class Clock:
+    """Takes the place of the module `time`."""
+
+    def __init__(self) -> None:
+        self.now = 1e9
+
+    def time(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+    monkeypatch.setattr(sqlite, "time", clock)
+    return clock
+
+
+async def test_a_clock_that_is_set_back_does_not_change_the_order_of_times(path: Path, clock: Clock) -> None:
+    async with SqliteBroker(path) as broker:
+        await send(broker, "s", kind=Kind.CANCEL)
+        clock.now -= 3600
+        await send(broker, "s", kind=Kind.CANCEL)
+        clock.now += 3601
+        await send(broker, "s", kind=Kind.CANCEL)
+        assert [r.time for r in await everything(broker, "s")] == [1e9, 1e9, 1e9 + 1]
+
+
+async def test_a_key_is_forgotten_after_its_time(path: Path, clock: Clock) -> None:
+    async with SqliteBroker(path) as broker:
+        await send(broker, "s", dedupe="key")
+        clock.now += broker.capabilities.dedupe_window - 1
+        with pytest.raises(Duplicate):
+            await send(broker, "s", dedupe="key")
+        clock.now += 1
+        assert (await send(broker, "s", dedupe="key")).offset == 2
+        with pytest.raises(Duplicate) as raised:
+            await send(broker, "s", dedupe="key")
+        assert raised.value.offset == 2
+
+
+async def test_what_is_done_with_a_lost_lease_does_nothing(path: Path, clock: Clock) -> None:
+    async with SqliteBroker(path, lease_ttl=10) as broker:
+        await broker.turns.open("agent")
+        await send(broker, "s")
+        old = await must_take(broker, "s", 1)
+        clock.now += 11
+        await must_take(broker, "s", 1)
+        await old.nack()
+        await old.ack()
+        old.extend()
+        await must_not_take(broker, "another one has it")
+        clock.now += 10
+        await must_take(broker, "s", 1)
+
+
+async def test_inputs_for_a_queue_that_nobody_has_opened_are_counted(path: Path) -> None:
+    async with SqliteBroker(path, lease_ttl=7) as broker:
+        await send(broker, "s", agent="nobody")
+        assert await broker.stats() == [QueueStats("nobody", waiting=1, leased=0, lease_ttl=7)]
+        with pytest.raises(Misconfigured, match="open"):
+            await broker.turns.lease("nobody", wait=0)
 
 
 # ------------------------------------------------------------------------------------------------------- files
