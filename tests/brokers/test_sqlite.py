@@ -231,6 +231,18 @@ async def test_a_request_over_the_limit_is_refused(path: Path) -> None:
             await broker.signals.request("c", bytes(1_000_000), timeout=1)
 
 
+async def test_a_waker_waits_while_the_parked_head_is_still_leased(path: Path) -> None:
+    async with SqliteBroker(path, lease_ttl=600) as broker:
+        await broker.turns.open("agent")
+        await send(broker, "s")
+        owner = await own(broker, "s", 1)
+        await owner.append(b"suspended", change=Pending.park)
+        await send(broker, "s", wakes=True)
+        await must_not_take(broker, "the head's holder has not acked it yet")
+        await owner.lease.ack()
+        await must_take(broker, "s", 4, within=10)
+
+
 # ------------------------------------------------------------------------------------------------------- time
 
 
