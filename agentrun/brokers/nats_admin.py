@@ -23,7 +23,7 @@ from agentrun.brokers.nats_layout import (
     stream_name,
     stream_needs,
 )
-from agentrun.brokers.nats_link import ApiError
+from agentrun.brokers.nats_link import ApiError, NobodyThere
 from agentrun.errors import InvalidInput, Misconfigured, Unavailable
 
 MIN_SERVER = (2, 12)
@@ -76,6 +76,7 @@ async def check_server(core: Core) -> None:
 
     Raises:
         Misconfigured: It has not.
+        Unavailable: It does not answer, or is a cluster without a leader.
     """
     version = core.reads.client.connected_server_version
     if (version.major, version.minor) < MIN_SERVER:
@@ -85,7 +86,7 @@ async def check_server(core: Core) -> None:
         )
     try:
         reply = await core.reads.api("INFO", patience=2.0)
-    except Unavailable as error:
+    except NobodyThere as error:
         raise Misconfigured(
             f"JetStream does not answer at {core.reads.options.shown} (is it switched on, for this account?): {error}"
         ) from None
