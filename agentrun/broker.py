@@ -43,6 +43,7 @@ Queue
       second), without a poll by the caller.
   Q9  `TurnQueue.hand_back` gives out again, at once, what another connection holds and will not settle: `Lease.token`
       and `TurnQueue.early` name it. Whoever has been given it since loses it as well; one that was settled stays so.
+  Q10 `TurnQueue.given_out` names what connections have been given and have not settled, also those that are gone.
 
 Signals
   S1  `Signals.request` reaches every listener of the channel that is connected, and returns the first reply.
@@ -296,6 +297,16 @@ class TurnQueue(Protocol):
 
     def early(self) -> Sequence[Hold]:
         """What this connection keeps until its turn comes. Any thread, never blocks; empty where nothing is kept."""
+        ...
+
+    async def given_out(self, agent: str) -> Sequence[Hold]:
+        """What all connections together have been given of an agent's inputs and have not settled, the newest 5,000.
+
+        It names more where the broker cannot tell: look at the log. For the rare case that nobody else knows.
+
+        Raises:
+            Unavailable: The broker does not answer.
+        """
         ...
 
     async def hand_back(self, hold: Hold) -> None:

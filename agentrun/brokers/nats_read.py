@@ -6,6 +6,7 @@ import math
 import sys
 import time
 from bisect import bisect_left
+from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from operator import attrgetter
@@ -188,7 +189,7 @@ class Reader:
                 newest = None
                 if self._core.found.replicas > 1 and (newest := await self.newest(route, leader=True)) is None:
                     return []
-                ends, left = await self._batch(route, {"multi_last": [route.all]})
+                ends, left = await self._batch(route.stream, {"multi_last": [route.all]})
                 if left == 0 and (newest is None or any(s.seq >= newest.seq for s in ends)):
                     return ends
                 await anyio.sleep(pause)
@@ -238,7 +239,7 @@ class Reader:
         """Read the lane's next messages; whether there were any, or it has come to its end."""
         size = min(BATCH, limit, lane.most)
         query = {"seq": lane.next, "batch": size, "max_bytes": BATCH_BYTES, "next_by_subj": lane.filter}
-        found, left = await self._batch(route, query)
+        found, left = await self._batch(route.stream, query)
         if found:
             lane.found += found
             lane.next = found[-1].seq + 1
@@ -249,12 +250,33 @@ class Reader:
             lane.end = 0 if last is None else last.seq
         return bool(found) or lane.done
 
-    async def _batch(self, route: Route, query: Mapping[str, Any]) -> tuple[list[Stored], int | None]:
+    async def between(self, stream: str, filter: str, first: int, last: int, *, newest: int) -> Sequence[Stored]:
+        """The messages for a filter from one sequence to another, the newest of them; costs reading all.
+
+        Raises:
+            Unavailable: No server answers.
+        """
+        kept: deque[Stored] = deque(maxlen=newest)
+        patience = time.monotonic() + PATIENCE
+        while first <= last:
+            query = {"seq": first, "batch": BATCH, "max_bytes": BATCH_BYTES, "next_by_subj": filter}
+            found, left = await self._batch(stream, query)
+            if found:
+                patience = time.monotonic() + PATIENCE
+                first = found[-1].seq + 1
+                kept.extend(stored for stored in found if stored.seq <= last)
+            if left == 0:
+                break
+            if time.monotonic() > patience:
+                raise Unavailable(f"stream {stream}: no server answers")
+        return kept
+
+    async def _batch(self, stream: str, query: Mapping[str, Any]) -> tuple[list[Stored], int | None]:
         """The messages a server has for the query, and how many are left there; None if that is not known."""
         async with self._batches:
             try:
                 replies, end = await self._core.reads.collect(
-                    f"$JS.API.DIRECT.GET.{route.stream}", msgspec.json.encode(query), timeout=5.0
+                    f"$JS.API.DIRECT.GET.{stream}", msgspec.json.encode(query), timeout=5.0
                 )
             except NotConnected:
                 await anyio.sleep(0.1)

@@ -269,6 +269,10 @@ class _FaultyQueue:
     def early(self) -> Sequence[Hold]:
         return self._inner.turns.early()
 
+    async def given_out(self, agent: str) -> Sequence[Hold]:
+        await self._line.use()
+        return await self._inner.turns.given_out(agent)
+
     async def hand_back(self, hold: Hold) -> None:
         await self._line.use()
         await self._inner.turns.hand_back(hold)
