@@ -45,6 +45,10 @@ class NotConnected(Exception):
     """There is no connection at the moment; nothing was sent."""
 
 
+class Nobody(Unavailable):
+    """The server says that there is nobody who would answer."""
+
+
 class LinkOptions(Struct, frozen=True, kw_only=True):
     """How to connect."""
 
@@ -79,12 +83,22 @@ def _redact(url: str) -> str:
     return f"{scheme}{slashes}{rest.rpartition('@')[2]}"
 
 
+_NOBODY = "nobody answers there (is JetStream on, the stream there?)"
+_SWITCHED_OFF = (10039, 10076)
+"""JetStream is not enabled, or not for this account."""
+
+
 class ApiError(Struct, frozen=True):
     """An error as JetStream answers it."""
 
     code: int = 0
     err_code: int = 0
     description: str = ""
+
+    def about(self, what: str) -> Unavailable | Misconfigured:
+        """What it means for ``what``. That a cluster has no leader passes, say; that there is no stream does not."""
+        passes = self.code == 503 and self.err_code not in _SWITCHED_OFF
+        return (Unavailable if passes else Misconfigured)(f"{what}: {self.description}")
 
 
 class _ApiReply(Struct, frozen=True):
@@ -410,10 +424,11 @@ class Link:
         """Send a request that may be repeated and return its reply, trying for ``patience`` seconds.
 
         Raises:
+            Nobody: The server said to the last that there is nobody who would.
             Unavailable: Nobody answered.
         """
         pause = 0.02
-        why = ""
+        why, kind = "", Unavailable
         with anyio.move_on_after(patience):
             while True:
                 try:
@@ -421,16 +436,16 @@ class Link:
                 except NotConnected:
                     if self.client.is_closed:
                         break
-                    msg, why = None, self.gone
+                    msg, why, kind = None, self.gone, Unavailable
                 else:
-                    why = "no answer" if msg is None else "nobody answers there (is JetStream on, the stream there?)"
+                    why, kind = ("no answer", Unavailable) if msg is None else (_NOBODY, Nobody)
                 if msg is not None and status(msg) != "503":
                     return msg
                 if msg is not None:
                     self.on_nobody()
                 await anyio.sleep(pause * random.uniform(0.5, 1.0))  # noqa: S311
                 pause = min(pause * 2, 0.25)
-        raise Unavailable(f"{subject} at {self.options.shown}: {why or self.gone}")
+        raise kind(f"{subject} at {self.options.shown}: {why or self.gone}")
 
     async def api(self, call: str, request: object = None, *, patience: float = PATIENCE) -> bytes | ApiError:
         """Make a JetStream API request; returns the reply, or the error in it."""
