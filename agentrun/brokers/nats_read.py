@@ -29,8 +29,9 @@ CATCH_UPS_AT_ONCE = 32
 """Followers of a stream that read at once. After a reconnect all of them want to: thousands of requests at a time would
 be answered too late, sent again, and be ever more."""
 LED = 3.0
-"""Seconds since it heard of most of the servers for which a leader is certain to be the only one: they say something
-every second, and after four in which they heard nothing they may elect another."""
+"""Seconds since it heard of most of the servers for which a leader is believed to lead. They say something every
+second, and those that hear nothing of it elect another after four. One that has lost the way to one server only may be
+replaced through the others, and hears of that with their next word."""
 SPARSE = 200
 """A session is sparse where it has less than one of so many records of its stream."""
 NEAR = 32
@@ -145,7 +146,7 @@ class Reader:
         return stored_of(msg.headers, msg.data)
 
     async def confirm(self, route: Route) -> None:
-        """See that the leader that has answered just now still was the leader, so that what it lacks is not there.
+        """See that the leader that has answered just now was the leader still, so that what it lacks is not there.
 
         Raises:
             Unavailable: It may have been replaced without its knowledge: for about ten seconds a leader that is cut off
