@@ -21,7 +21,8 @@ Log
   L5  *Reading.* ``after`` is exclusive. `read` pages what is stored; `follow` gives history, then live records, in
       offset order, without loss or duplicate at the seam or after a broken connection. What has expired or was
       trimmed shows as a jump in the offsets, never as anything else. A deleted session begins at 1 again; who
-      followed it gets `SessionGone`, at the latest when it is written to again, and none of the new records.
+      followed it gets `SessionGone`, at the latest when it is written to again, and none of the new records. Nobody
+      gets it of a session that is there, whatever a server that lags behind may know of it.
   L6  *Expiry.* Records of kind DELTA may disappear ``capabilities.delta_ttl`` seconds after they were stored, oldest
       first, all others not. A session whose last deltas may have expired has ``lost`` in its tail (offsets are never
       given out twice).
@@ -324,8 +325,16 @@ class TurnQueue(Protocol):
 class SessionLog(Protocol):
     """The sessions' records."""
 
-    async def last(self, session: str) -> Tail:
-        """The session's end. It may lag behind by a moment; `append` finds out."""
+    async def last(self, session: str, *, fresh: bool = False) -> Tail:
+        """The session's end. It may lag behind, as a rule by a moment; `append` finds out.
+
+        What an end that lags behind shows is true; what it does not show may be there all the same. So whoever is
+        about to say that something is *not* there asks for a ``fresh`` one: nothing that was stored before the call is
+        missing in it. That costs more.
+
+        Raises:
+            Unavailable: Nobody answers, or nobody can know: a server that is cut off from the others, say.
+        """
         ...
 
     async def append(

@@ -110,7 +110,7 @@ class MemoryLog:
     def __init__(self, state: MemoryState) -> None:
         self.state = state
 
-    async def last(self, session: str) -> Tail:
+    async def last(self, session: str, *, fresh: bool = False) -> Tail:
         """See `SessionLog.last`."""
         await checkpoint()
         return self.state.peek(session).end

@@ -91,7 +91,7 @@ async def check_server(core: Core) -> None:
             f"JetStream does not answer at {core.reads.options.shown} (is it switched on, for this account?): {error}"
         ) from None
     if isinstance(reply, ApiError):
-        raise Misconfigured(f"JetStream cannot be used at {core.reads.options.shown}: {reply.description}")
+        raise reply.about(f"JetStream cannot be used at {core.reads.options.shown}")
     level = msgspec.json.decode(reply, type=_Account).api.level
     if level < MIN_LEVEL:
         raise Misconfigured(
@@ -104,7 +104,7 @@ async def _stream(core: Core, partition: int) -> _Stream | None:
     if isinstance(reply, ApiError):
         if reply.err_code == _NO_STREAM:
             return None
-        raise Misconfigured(f"stream {stream_name(core.namespace, partition)}: {reply.description}")
+        raise reply.about(f"stream {stream_name(core.namespace, partition)}")
     return msgspec.json.decode(reply, type=_Stream)
 
 
@@ -129,6 +129,7 @@ async def load(core: Core, min_dedupe_window: float) -> Layout:
 
     Raises:
         Misconfigured: Something is missing or not as needed; the message says what and what to do.
+        Unavailable: Nobody can tell at the moment.
     """
     first = await _stream(core, 0)
     if first is None:
@@ -251,7 +252,7 @@ class NatsAdmin:
         if not dry_run:
             reply = await self._core.reads.api(f"STREAM.{verb}.{name}", config)
             if isinstance(reply, ApiError):
-                raise Misconfigured(f"cannot {line}: {reply.description}")
+                raise reply.about(f"cannot {line}")
         return [line]
 
     async def stats(self) -> list[QueueStats]:

@@ -86,12 +86,22 @@ def _redact(url: str) -> str:
     return f"{scheme}{slashes}{rest.rpartition('@')[2]}"
 
 
+_NOBODY = "nobody answers there (is JetStream on, the stream there?)"
+_SWITCHED_OFF = (10039, 10076)
+"""JetStream is not enabled, or not for this account."""
+
+
 class ApiError(Struct, frozen=True):
     """An error as JetStream answers it."""
 
     code: int = 0
     err_code: int = 0
     description: str = ""
+
+    def about(self, what: str) -> Unavailable | Misconfigured:
+        """What it means for ``what``. That a cluster has no leader passes, say; that there is no stream does not."""
+        passes = self.code == 503 and self.err_code not in _SWITCHED_OFF
+        return (Unavailable if passes else Misconfigured)(f"{what}: {self.description}")
 
 
 class _ApiReply(Struct, frozen=True):
@@ -435,7 +445,7 @@ class Link:
                 if msg is not None and status(msg) != "503":
                     return msg
                 if msg is not None:
-                    why, error = "nobody answers there (is JetStream on, the stream there?)", NobodyThere
+                    why, error = _NOBODY, NobodyThere
                     self.on_nobody()
                 await anyio.sleep(pause * random.uniform(0.5, 1.0))  # noqa: S311
                 pause = min(pause * 2, 0.25)

@@ -292,7 +292,7 @@ class NatsQueue:
         if isinstance(reply, ApiError) and reply.err_code == _NO_STREAM:
             raise Misconfigured(f"stream {stream} is not there: run `agentrun setup`")
         if isinstance(reply, ApiError):
-            raise Misconfigured(f"the queue of agent {agent} in {stream} cannot be used: {reply.description}")
+            raise reply.about(f"the queue of agent {agent} in {stream} cannot be used")
         found = msgspec.json.decode(reply, type=_Consumer).config
         if found.filter_subject != filter or found.ack_policy != "explicit" or found.max_deliver != -1:
             raise Misconfigured(f"consumer {name} of stream {stream} was not made by agentrun: {found}")

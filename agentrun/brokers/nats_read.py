@@ -29,6 +29,10 @@ BATCHES_AT_ONCE = 16
 CATCH_UPS_AT_ONCE = 32
 """Followers of a stream that read at once. After a reconnect all of them want to: thousands of requests at a time would
 be answered too late, sent again, and be ever more."""
+LED = 3.0
+"""Seconds since it heard of most of the servers for which a leader is believed to lead. They say something every
+second, and those that hear nothing of it elect another after four. One that has lost the way to one server only may be
+replaced through the others, and hears of that with their next word."""
 SPARSE = 200
 """A session is sparse where it has less than one of so many records of its stream."""
 NEAR = 32
@@ -51,6 +55,19 @@ class _ApiGet(Struct, frozen=True):
 
 class _ApiClock(Struct, frozen=True):
     ts: str
+
+
+class _Replica(Struct, frozen=True):
+    active: int = 0
+    """Nanoseconds since the leader heard of it."""
+
+
+class _Cluster(Struct, frozen=True):
+    replicas: list[_Replica] = []
+
+
+class _ApiLed(Struct, frozen=True):
+    cluster: _Cluster = _Cluster()
 
 
 class Place(NamedTuple):
@@ -128,6 +145,23 @@ class Reader:
         if status(msg) or msg.headers is None:
             return None
         return stored_of(msg.headers, msg.data)
+
+    async def confirm(self, route: Route) -> None:
+        """See that the leader that has answered just now was the leader still, so that what it lacks is not there.
+
+        Raises:
+            Unavailable: It may have been replaced without its knowledge: for about ten seconds a leader that is cut off
+                goes on answering from what it has.
+        """
+        if self._core.found.replicas == 1:
+            return
+        reply = await self._core.reads.api(f"STREAM.INFO.{route.stream}")
+        if isinstance(reply, ApiError):
+            raise Unavailable(f"stream {route.stream}: {reply.description}")
+        replicas = msgspec.json.decode(reply, type=_ApiLed).cluster.replicas
+        heard = sum(replica.active < LED * 1e9 for replica in replicas)
+        if 2 * (heard + 1) <= len(replicas) + 1:
+            raise Unavailable(f"stream {route.stream}: its leader hears too few of the other servers")
 
     def _absent(self, error: ApiError, route: Route) -> None:
         if error.code == 404 and error.err_code != 10059:

@@ -176,9 +176,9 @@ class _FaultyLog:
         self._dice = dice
         self._line = line
 
-    async def last(self, session: str) -> Tail:
+    async def last(self, session: str, *, fresh: bool = False) -> Tail:
         await self._line.use()
-        return await self._inner.log.last(session)
+        return await self._inner.log.last(session, fresh=fresh)
 
     async def append(
         self,
