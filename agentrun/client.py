@@ -441,8 +441,10 @@ class Turn:
             TurnNotFound: The session holds no such turn.
         """
         log = self._broker.log
-        history = await reading.Fold(log, self.session.id).update(await log.last(self.session.id))
-        view = history.turns.get(self.id)
+        fold = reading.Fold(log, self.session.id)
+        view = (await fold.update(await log.last(self.session.id))).turns.get(self.id)
+        if view is None:
+            view = (await fold.update(await log.last(self.session.id, fresh=True))).turns.get(self.id)
         if view is None:
             raise TurnNotFound(f"session {self.session.id} has no turn {self.id}")
         self.offset = view.offset

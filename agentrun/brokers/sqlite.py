@@ -125,8 +125,8 @@ class SqliteLog:
         self.file = file
         self._delta_ttl = delta_ttl
 
-    async def last(self, session: str) -> Tail:
-        """See `SessionLog.last`."""
+    async def last(self, session: str, *, fresh: bool = False) -> Tail:
+        """See `SessionLog.last`. It is always fresh."""
         return (await self.file.read(lambda db: _end(db, session)))[1]
 
     async def append(
@@ -228,6 +228,10 @@ WHERE i.agent = ? AND i.ready = 1 AND i.due <= ? AND NOT EXISTS (
     SELECT 1 FROM input h WHERE h.session = i.session AND h.offset <> i.offset AND h.token IS NOT NULL AND h.due > ?)
 ORDER BY i.rowid LIMIT 1
 """
+_GIVEN_OUT = """
+SELECT s.name, i.offset, i.token FROM input i JOIN session s ON s.id = i.session
+WHERE i.agent = ? AND i.token IS NOT NULL AND i.due > ? ORDER BY i.rowid DESC LIMIT 5000
+"""
 _STATS = """
 SELECT agent, count(i.offset), total(i.token IS NOT NULL AND i.due > ?), coalesce(q.lease_ttl, ?)
 FROM (SELECT agent FROM queue UNION SELECT agent FROM input) LEFT JOIN queue q USING (agent)
@@ -323,6 +327,11 @@ class SqliteQueue:
     def early(self) -> Sequence[Hold]:
         """Nothing: the file knows what is not ready."""
         return ()
+
+    async def given_out(self, agent: str) -> Sequence[Hold]:
+        """See `TurnQueue.given_out`."""
+        rows = await self._file.read(lambda db: db.execute(_GIVEN_OUT, (agent, time.time())).fetchall())
+        return [Hold(agent, *row) for row in rows]
 
     async def hand_back(self, hold: Hold) -> None:
         """See `TurnQueue.hand_back`."""
