@@ -21,7 +21,8 @@ Log
   L5  *Reading.* ``after`` is exclusive. `read` pages what is stored; `follow` gives history, then live records, in
       offset order, without loss or duplicate at the seam or after a broken connection. What has expired or was
       trimmed shows as a jump in the offsets, never as anything else. A deleted session begins at 1 again; who
-      followed it gets `SessionGone`, at the latest when it is written to again, and none of the new records.
+      followed it gets `SessionGone`, at the latest when it is written to again, and none of the new records. Nobody
+      gets it of a session that is there, whatever a server that lags behind may know of it.
   L6  *Expiry.* Records of kind DELTA may disappear ``capabilities.delta_ttl`` seconds after they were stored, oldest
       first, all others not. A session whose last deltas may have expired has ``lost`` in its tail (offsets are never
       given out twice).
@@ -31,7 +32,8 @@ Queue
   Q1  An append of kind TURN both shows the record to readers and queues it for its ``agent``, in one step.
   Q2  *Order.* An input is leased only when `Pending.ready` says so of its session's end: at most one live lease per
       session, in the order of the pending list; a turn that is handed back blocks its session until it is leased
-      again. An input that is no longer pending is never leased.
+      again. An input that is no longer pending is never leased. (While the head is parked and its lease not settled
+      yet, a broker that keeps no account of leases per session may lease a waker beside it; L1 decides between them.)
   Q3  *Side by side.* A busy session never delays another, however many inputs it has waiting.
   Q4  *Expiry.* A lease that is not extended for ``lease_ttl`` seconds is given out again (to anyone). The old holder
       is stopped by L1, not by the queue.
@@ -43,6 +45,7 @@ Queue
       second), without a poll by the caller.
   Q9  `TurnQueue.hand_back` gives out again, at once, what another connection holds and will not settle: `Lease.token`
       and `TurnQueue.early` name it. Whoever has been given it since loses it as well; one that was settled stays so.
+  Q10 `TurnQueue.given_out` names what connections have been given and have not settled, also those that are gone.
 
 Signals
   S1  `Signals.request` reaches every listener of the channel that is connected, and returns the first reply.
@@ -298,6 +301,16 @@ class TurnQueue(Protocol):
         """What this connection keeps until its turn comes. Any thread, never blocks; empty where nothing is kept."""
         ...
 
+    async def given_out(self, agent: str) -> Sequence[Hold]:
+        """What all connections together have been given of an agent's inputs and have not settled, the newest 5,000.
+
+        It names more where the broker cannot tell: look at the log. For the rare case that nobody else knows.
+
+        Raises:
+            Unavailable: The broker does not answer.
+        """
+        ...
+
     async def hand_back(self, hold: Hold) -> None:
         """Give out again at once what another connection holds.
 
@@ -313,8 +326,16 @@ class TurnQueue(Protocol):
 class SessionLog(Protocol):
     """The sessions' records."""
 
-    async def last(self, session: str) -> Tail:
-        """The session's end. It may lag behind by a moment; `append` finds out."""
+    async def last(self, session: str, *, fresh: bool = False) -> Tail:
+        """The session's end. It may lag behind, as a rule by a moment; `append` finds out.
+
+        What an end that lags behind shows is true; what it does not show may be there all the same. So whoever is
+        about to say that something is *not* there asks for a ``fresh`` one: nothing that was stored before the call is
+        missing in it. That costs more.
+
+        Raises:
+            Unavailable: Nobody answers, or nobody can know: a server that is cut off from the others, say.
+        """
         ...
 
     async def append(

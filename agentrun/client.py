@@ -57,7 +57,7 @@ class Result(Struct, frozen=True):
 async def connect(
     url: str, *, namespace: str = "default", agent: str | None = None, settings: ClientSettings | None = None
 ) -> AsyncGenerator[Client]:
-    """Connect to a broker (``nats://host:4222``, ``memory://name``) and give a `Client`.
+    """Connect to a broker (``nats://host:4222``, ``memory://name``, ``sqlite:///dev.db``) and give a `Client`.
 
     Args:
         url: The broker.
@@ -441,8 +441,10 @@ class Turn:
             TurnNotFound: The session holds no such turn.
         """
         log = self._broker.log
-        history = await reading.Fold(log, self.session.id).update(await log.last(self.session.id))
-        view = history.turns.get(self.id)
+        fold = reading.Fold(log, self.session.id)
+        view = (await fold.update(await log.last(self.session.id))).turns.get(self.id)
+        if view is None:
+            view = (await fold.update(await log.last(self.session.id, fresh=True))).turns.get(self.id)
         if view is None:
             raise TurnNotFound(f"session {self.session.id} has no turn {self.id}")
         self.offset = view.offset

@@ -54,12 +54,23 @@ async def append_input(
     """
     end = time.monotonic() + timeout
     tail: Tail | None = None
+    sure = False
     tries = 0
     while True:
         try:
             tail = tail or await log.last(session)
-            if (item := await plan(tail)) is None:
-                return None
+            try:
+                item = await plan(tail)
+            except (TurnNotFound, NotWaiting):
+                if sure:
+                    raise
+                item = None
+            if item is None:
+                if sure:
+                    return None
+                # That there is nothing to do holds only if nothing is missing in what was seen of the session.
+                tail, sure = await log.last(session, fresh=True), True
+                continue
             pending = tail.pending if item.agent is None else tail.pending.add(tail.next, wakes=item.wakes)
             return await log.append(
                 session,
@@ -72,7 +83,7 @@ async def append_input(
                 timeout=max(end - time.monotonic(), 0.01),
             )
         except Conflict as conflict:
-            tail = conflict.tail
+            tail, sure = conflict.tail, False
             tries += 1
             pause = 0.0 if tries < _PATIENCE else 0.005
             if time.monotonic() >= end:
@@ -81,7 +92,7 @@ async def append_input(
                     "try again"
                 ) from conflict
         except Unavailable:
-            tail = None
+            tail, sure = None, False
             pause = 0.1
             if time.monotonic() + pause >= end:
                 raise

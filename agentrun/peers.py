@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import itertools
 import logging
 import threading
 import time
@@ -34,6 +35,8 @@ _BEATS = 5
 """Announcements in the time after which a silent worker is taken for dead."""
 _WHOLE = 20
 """Announcements after which one repeats all that is held, should one of changes have been lost."""
+_AGREED = 2
+"""Looks, `lost_after` apart, that must find that nobody holds an input before it is handed back."""
 _RANKS = 8
 """Peers that try, one after the other, should the first be dead too; past them there is the lease."""
 _TRIES = 5
@@ -53,6 +56,8 @@ class Announcement(Struct, frozen=True, omit_defaults=True):
     whole: bool = False
     """Whether ``new`` is all that is held."""
     leaves: bool = False
+    age: float = 0.0
+    """Seconds since it began."""
 
 
 _decoder = msgspec.json.Decoder(Announcement)
@@ -86,6 +91,7 @@ class Presence:
         self._alive = alive
         self._told: dict[str, Hold] = {}
         self._until_whole = 0
+        self.began = time.monotonic()
         self._poked = threading.Event()
         self._stop = False
 
@@ -128,6 +134,7 @@ class Presence:
             done=[] if whole else [token for token in self._told if token not in held],
             whole=whole,
             leaves=leaves,
+            age=time.monotonic() - self.began,
         )
         self._told = held
         self._announce(msgspec.json.encode(said))
@@ -140,10 +147,11 @@ class _Peer:
         self.id = said.id
         self.worker = said.worker
         self.holds: dict[str, Hold] = {}
-        self.heard = 0.0
+        self.heard = self.began = 0.0
 
     def take(self, said: Announcement, now: float) -> None:
         self.heard = now
+        self.began = now - said.age
         if said.whole:
             self.holds = {}
         self.holds.update((hold.token, hold) for hold in said.new)
@@ -161,6 +169,7 @@ class Peers:
         broker: The worker's.
         worker: Its name, for the log.
         lost_after: Seconds of silence.
+        agents: Whose inputs it looks after where nobody else does.
         holds: What this worker holds; called from another thread.
         alive: Whether this worker still works; called from another thread.
     """
@@ -171,12 +180,15 @@ class Peers:
         worker: str,
         *,
         lost_after: float,
+        agents: Iterable[str],
         holds: Callable[[], Iterable[Hold]],
         alive: Callable[[], bool],
     ) -> None:
         self._broker = broker
         self._worker = worker
         self._lost_after = lost_after
+        self._names = list(agents)
+        self._holds = holds
         self._presence = Presence(
             functools.partial(broker.signals.announce, PEERS),
             worker,
@@ -198,6 +210,7 @@ class Peers:
         """Be seen, and look after the others, for ever."""
         with self._presence:
             async with self._broker.signals.listen(PEERS, self._hear), anyio.create_task_group() as rescues:
+                rescues.start_soon(self._look_after_orphans)
                 while True:
                     await anyio.sleep(self._lost_after / _BEATS / 2)
                     for dead in self._silent(time.monotonic()):
@@ -262,12 +275,12 @@ class Peers:
         )
         async with anyio.create_task_group() as group:
             for hold in dead.holds.values():
-                group.start_soon(self._hand_back, dead, hold)
+                group.start_soon(self._hand_back, hold, dead)
 
-    async def _hand_back(self, dead: _Peer, hold: Hold) -> None:
+    async def _hand_back(self, hold: Hold, dead: _Peer | None) -> None:
         try:
             async with self._slots:
-                lost = await self._is_lost(dead, hold)
+                lost = await self._is_lost(hold, dead)
             for _ in range(_TRIES if lost else 0):
                 async with self._slots:
                     await self._broker.turns.hand_back(hold)
@@ -278,10 +291,10 @@ class Peers:
                 if tail.pending.running or not tail.pending.ready(hold.offset):
                     return
         except AgentrunError as error:
-            log.warning("session %s: %s; the lease of worker %s will run out", hold.session, error, dead.worker)
+            log.warning("session %s: %s; the lease of a dead worker will run out", hold.session, error)
 
-    async def _is_lost(self, dead: _Peer, hold: Hold) -> bool:
-        """Whether the input is to be handed back; if the dead one was running it, that is in the log then."""
+    async def _is_lost(self, hold: Hold, dead: _Peer | None) -> bool:
+        """Whether the input is to be handed back; if ``dead`` or nobody was running it, that is in the log then."""
         for _ in range(_TRIES):
             tail = await self._broker.log.last(hold.session)
             if hold.offset not in tail.pending:
@@ -289,19 +302,72 @@ class Peers:
             if not (tail.pending.running and tail.pending.ready(hold.offset)):
                 return True  # it was not begun
             started = await self._started(hold)
-            if started is None or not is_lease(started.lease, hold.token):
+            if started is None or (dead is not None and not is_lease(started.lease, hold.token)):
                 return False  # somebody else has it
-            lost = wire.TurnLost(turn=started.turn, attempt=started.attempt, worker=dead.worker, by=self._worker)
+            lost = wire.TurnLost(turn=started.turn, attempt=started.attempt, worker=started.worker, by=self._worker)
             try:
                 await self._broker.log.append(
                     hold.session, wire.encode(lost), kind=Kind.EVENT, after=tail, pending=tail.pending.release()
                 )
             except Conflict:
-                if dead.id in self._peers or await self._wrote_since(hold.session, tail):
+                if (dead is not None and dead.id in self._peers) or await self._wrote_since(hold.session, tail):
                     return False
                 continue
             return True
         return False
+
+    # ------------------------------------------------------------------------------- what nobody alive has heard of
+
+    async def _look_after_orphans(self) -> None:
+        """When this worker has become the oldest, hand back what dead ones hold of whom no other knows.
+
+        A fleet may have died as a whole, or those of it who had heard the others.
+        """
+        looked = False
+        while True:
+            await anyio.sleep(self._lost_after)
+            if not self._oldest():
+                looked = False
+            elif not looked:
+                try:
+                    await self._adopt()
+                    looked = True
+                except AgentrunError as error:
+                    log.warning("what nobody holds any more cannot be found out, and is tried again: %s", error)
+
+    def _oldest(self) -> bool:
+        """Whether no other has been there for longer; two may both think so, but never none."""
+        hears = time.monotonic() - self._heard_me <= self._lost_after / 2
+        return hears and all(self._presence.began <= peer.began for peer in self._peers.values())
+
+    async def _adopt(self) -> None:
+        found: dict[tuple[str, int], tuple[Hold, Tail]] = {}
+        for look in range(_AGREED):
+            if look:
+                await anyio.sleep(self._lost_after)
+            before, found = found, {}
+            given = [hold for agent in self._names for hold in await self._broker.turns.given_out(agent)]
+            held = self._held_by_the_living()
+            for hold in given:
+                key = (hold.session, hold.offset)
+                if key in held or (look and key not in before):
+                    continue
+                tail = await self._broker.log.last(hold.session)
+                waits = tail.pending.parked and tail.pending.ready(hold.offset)  # for an answer, or a time
+                if hold.offset in tail.pending and not waits:
+                    found[key] = (hold, before[key][1] if look else tail)
+        orphans = [hold for hold, first in found.values() if not await self._wrote_since(hold.session, first)]
+        if orphans:
+            log.warning("no worker holds %d inputs that were given out: handing them over", len(orphans))
+        async with anyio.create_task_group() as group:
+            for hold in orphans:
+                group.start_soon(self._hand_back, hold, None)
+
+    def _held_by_the_living(self) -> set[tuple[str, int]]:
+        holds = itertools.chain(self._holds(), *(peer.holds.values() for peer in self._peers.values()))
+        return {(hold.session, hold.offset) for hold in holds}
+
+    # ----------------------------------------------------------------------------------------------- what the log says
 
     async def _started(self, hold: Hold) -> wire.TurnStarted | None:
         """The last claim of the session."""

@@ -28,7 +28,7 @@ _AT_ONCE = 100
 _BETWEEN_CHUNKS = 64
 """Inputs that are allowed for between the pieces of one event."""
 _LAG = (0.01, 0.02, 0.05, 0.1, 0.2, 0.4)
-"""Pauses, in seconds, after which a broker's replica is asked again before its answer is believed."""
+"""Pauses, in seconds, after which a broker's replica that lags behind is asked again."""
 
 
 class _Names(msgspec.Struct):
@@ -256,6 +256,9 @@ async def _end_after(log: SessionLog, session: str, after: int) -> Tail:
             return tail
         await anyio.sleep(pause)
         tail = await log.last(session)
+    if after < tail.next:
+        return tail
+    tail = await log.last(session, fresh=True)
     if after < tail.next:
         return tail
     raise SessionGone(

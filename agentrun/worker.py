@@ -210,6 +210,7 @@ class Worker:
             self._broker,
             self.name,
             lost_after=self.settings.lost_after,
+            agents=self._agents,
             holds=holds,
             alive=lambda: not keeper.given_up,
         )

@@ -68,6 +68,11 @@ class MemoryQueue:
         """Nothing: the state itself knows what is not ready."""
         return ()
 
+    async def given_out(self, agent: str) -> Sequence[Hold]:
+        """See `TurnQueue.given_out`."""
+        await checkpoint()
+        return self.state.given_out(agent)
+
     async def hand_back(self, hold: Hold) -> None:
         """See `TurnQueue.hand_back`."""
         await checkpoint()
@@ -105,7 +110,7 @@ class MemoryLog:
     def __init__(self, state: MemoryState) -> None:
         self.state = state
 
-    async def last(self, session: str) -> Tail:
+    async def last(self, session: str, *, fresh: bool = False) -> Tail:
         """See `SessionLog.last`."""
         await checkpoint()
         return self.state.peek(session).end

@@ -307,6 +307,11 @@ class MemoryState:
             return max(item.due, holder.due)
         return item.due
 
+    def given_out(self, name: str) -> list[Hold]:
+        """What is leased of an agent's inputs."""
+        items = self.agent(name).items.values()
+        return [Hold(name, i.session, i.record.offset, i.lease.token) for i in items if i.lease is not None]
+
     def hand_back(self, hold: Hold) -> None:
         """Put back what somebody holds, whoever it is by now."""
         item = self.agent(hold.agent).items.get((hold.session, hold.offset))

@@ -23,7 +23,7 @@ from agentrun.brokers.nats_layout import (
     stream_name,
     stream_needs,
 )
-from agentrun.brokers.nats_link import ApiError
+from agentrun.brokers.nats_link import ApiError, NobodyThere
 from agentrun.errors import InvalidInput, Misconfigured, Unavailable
 
 MIN_SERVER = (2, 12)
@@ -76,6 +76,7 @@ async def check_server(core: Core) -> None:
 
     Raises:
         Misconfigured: It has not.
+        Unavailable: It does not answer, or is a cluster without a leader.
     """
     version = core.reads.client.connected_server_version
     if (version.major, version.minor) < MIN_SERVER:
@@ -85,12 +86,12 @@ async def check_server(core: Core) -> None:
         )
     try:
         reply = await core.reads.api("INFO", patience=2.0)
-    except Unavailable as error:
+    except NobodyThere as error:
         raise Misconfigured(
             f"JetStream does not answer at {core.reads.options.shown} (is it switched on, for this account?): {error}"
         ) from None
     if isinstance(reply, ApiError):
-        raise Misconfigured(f"JetStream cannot be used at {core.reads.options.shown}: {reply.description}")
+        raise reply.about(f"JetStream cannot be used at {core.reads.options.shown}")
     level = msgspec.json.decode(reply, type=_Account).api.level
     if level < MIN_LEVEL:
         raise Misconfigured(
@@ -103,7 +104,7 @@ async def _stream(core: Core, partition: int) -> _Stream | None:
     if isinstance(reply, ApiError):
         if reply.err_code == _NO_STREAM:
             return None
-        raise Misconfigured(f"stream {stream_name(core.namespace, partition)}: {reply.description}")
+        raise reply.about(f"stream {stream_name(core.namespace, partition)}")
     return msgspec.json.decode(reply, type=_Stream)
 
 
@@ -128,6 +129,7 @@ async def load(core: Core, min_dedupe_window: float) -> Layout:
 
     Raises:
         Misconfigured: Something is missing or not as needed; the message says what and what to do.
+        Unavailable: Nobody can tell at the moment.
     """
     first = await _stream(core, 0)
     if first is None:
@@ -250,7 +252,7 @@ class NatsAdmin:
         if not dry_run:
             reply = await self._core.reads.api(f"STREAM.{verb}.{name}", config)
             if isinstance(reply, ApiError):
-                raise Misconfigured(f"cannot {line}: {reply.description}")
+                raise reply.about(f"cannot {line}")
         return [line]
 
     async def stats(self) -> list[QueueStats]:

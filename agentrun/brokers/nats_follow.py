@@ -197,6 +197,7 @@ class Follower:
         if newest is None and self._existed:
             newest = await self._reader.newest(self._route, leader=True)
             if newest is None:
+                await self._reader.confirm(self._route)
                 raise SessionGone(f"session {self._session} was deleted")
         if newest is not None and self._is_missing(newest):
             self._behind = True

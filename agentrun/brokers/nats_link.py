@@ -13,6 +13,7 @@ import itertools
 import logging
 import random
 import ssl
+import time
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from typing import Any, cast
@@ -33,16 +34,22 @@ from nats.protocol.command import hpub_cmd  # pyright: ignore[reportUnknownVaria
 from agentrun.brokers.nats_layout import parse_headers
 from agentrun.errors import InvalidInput, Misconfigured, Unavailable
 
-__all__ = ["ApiError", "Link", "LinkOptions", "Msg", "NotConnected", "status"]
+__all__ = ["ApiError", "Link", "LinkOptions", "Msg", "NobodyThere", "NotConnected", "status"]
 
 log = logging.getLogger("agentrun.nats")
 
 PATIENCE = 15.0
 """Seconds a read or an API request is tried for: more than the election of a new leader takes."""
+_NO_LEADER = 10008
+"""How JetStream says that too few of its servers are there."""
 
 
 class NotConnected(Exception):
     """There is no connection at the moment; nothing was sent."""
+
+
+class NobodyThere(Unavailable):
+    """The server is there, but nobody listens to what it was asked."""
 
 
 class LinkOptions(Struct, frozen=True, kw_only=True):
@@ -79,12 +86,22 @@ def _redact(url: str) -> str:
     return f"{scheme}{slashes}{rest.rpartition('@')[2]}"
 
 
+_NOBODY = "nobody answers there (is JetStream on, the stream there?)"
+_SWITCHED_OFF = (10039, 10076)
+"""JetStream is not enabled, or not for this account."""
+
+
 class ApiError(Struct, frozen=True):
     """An error as JetStream answers it."""
 
     code: int = 0
     err_code: int = 0
     description: str = ""
+
+    def about(self, what: str) -> Unavailable | Misconfigured:
+        """What it means for ``what``. That a cluster has no leader passes, say; that there is no stream does not."""
+        passes = self.code == 503 and self.err_code not in _SWITCHED_OFF
+        return (Unavailable if passes else Misconfigured)(f"{what}: {self.description}")
 
 
 class _ApiReply(Struct, frozen=True):
@@ -410,10 +427,11 @@ class Link:
         """Send a request that may be repeated and return its reply, trying for ``patience`` seconds.
 
         Raises:
-            Unavailable: Nobody answered.
+            NobodyThere: Nobody listens.
+            Unavailable: No answer came.
         """
         pause = 0.02
-        why = ""
+        why, error = "", Unavailable
         with anyio.move_on_after(patience):
             while True:
                 try:
@@ -421,22 +439,37 @@ class Link:
                 except NotConnected:
                     if self.client.is_closed:
                         break
-                    msg, why = None, self.gone
+                    msg, why, error = None, self.gone, Unavailable
                 else:
-                    why = "no answer" if msg is None else "nobody answers there (is JetStream on, the stream there?)"
+                    why, error = "no answer", Unavailable
                 if msg is not None and status(msg) != "503":
                     return msg
                 if msg is not None:
+                    why, error = _NOBODY, NobodyThere
                     self.on_nobody()
                 await anyio.sleep(pause * random.uniform(0.5, 1.0))  # noqa: S311
                 pause = min(pause * 2, 0.25)
-        raise Unavailable(f"{subject} at {self.options.shown}: {why or self.gone}")
+        raise error(f"{subject} at {self.options.shown}: {why or self.gone}")
 
     async def api(self, call: str, request: object = None, *, patience: float = PATIENCE) -> bytes | ApiError:
-        """Make a JetStream API request; returns the reply, or the error in it."""
+        """Make a JetStream API request; returns the reply, or the error in it.
+
+        Raises:
+            NobodyThere: Nobody listens.
+            Unavailable: No answer came, or the cluster had no leader for `PATIENCE` seconds.
+        """
         body = b"" if request is None else msgspec.json.encode(request)
-        msg = await self.ask(f"$JS.API.{call}", body, patience=patience)
-        return _api_reply.decode(msg.data).error or msg.data
+        until = time.monotonic() + PATIENCE
+        while True:
+            msg = await self.ask(f"$JS.API.{call}", body, patience=patience)
+            error = _api_reply.decode(msg.data).error
+            if error is None or error.err_code != _NO_LEADER:
+                return error or msg.data
+            if time.monotonic() > until:
+                raise Unavailable(
+                    f"JetStream at {self.options.shown} cannot work, {error.description}: do most of its servers run?"
+                )
+            await anyio.sleep(0.25)
 
     async def sync(self, *, timeout: float = 5.0) -> None:
         """Wait until the server has seen everything sent before on this connection.

@@ -86,9 +86,13 @@ class NatsLog:
         self._writer = os.urandom(4).hex()
         self._calls = itertools.count(1)
 
-    async def last(self, session: str) -> Tail:
+    async def last(self, session: str, *, fresh: bool = False) -> Tail:
         """See `SessionLog.last`."""
-        return await self._reader.tail(self._core.route(session))
+        route = self._core.route(session)
+        tail = await self._reader.tail(route, leader=fresh)
+        if fresh:
+            await self._reader.confirm(route)
+        return tail
 
     async def append(
         self,
@@ -208,6 +212,7 @@ class NatsLog:
         assert call.dedupe is not None
         first = await self._reader.get(call.route, {"seq": seq}, leader=True)
         if first is None:
+            await self._reader.confirm(call.route)
             raise SessionGone(f"{call.dedupe!r} was stored in session {call.session}, and deleted since")
         if first.headers.get(WRITER) == call.writer:
             return self._stored(call, seq)

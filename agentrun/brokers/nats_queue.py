@@ -17,7 +17,7 @@ from agentrun.broker import Hold, Record, Tail
 from agentrun.brokers.nats_beat import Heartbeats
 from agentrun.brokers.nats_core import Core
 from agentrun.brokers.nats_hold import NACK, Delivery, Holder
-from agentrun.brokers.nats_layout import consumer_filter, consumer_name, stream_name
+from agentrun.brokers.nats_layout import consumer_filter, consumer_name, session_of, stream_name
 from agentrun.brokers.nats_link import ApiError, Msg, NotConnected, log, status
 from agentrun.brokers.nats_read import Reader
 from agentrun.errors import AgentrunError, InvalidInput, Misconfigured, Unavailable
@@ -25,6 +25,7 @@ from agentrun.wire import check_id
 
 MAX_ACK_PENDING = 20_000
 MAX_WAITING = 10_000
+MAX_NAMED = 5000
 LONGEST_PULL = 30.0
 SIGN_OF_LIFE = 5.0
 """Seconds between the server's heartbeats on a waiting pull request."""
@@ -49,8 +50,16 @@ class _Config(Struct, frozen=True):
     max_deliver: int = -1
 
 
+class _At(Struct, frozen=True):
+    consumer_seq: int = 0
+    stream_seq: int = 0
+
+
 class _Consumer(Struct, frozen=True):
     config: _Config
+    delivered: _At = _At()
+    ack_floor: _At = _At()
+    num_ack_pending: int = 0
 
 
 class NatsLease:
@@ -283,7 +292,7 @@ class NatsQueue:
         if isinstance(reply, ApiError) and reply.err_code == _NO_STREAM:
             raise Misconfigured(f"stream {stream} is not there: run `agentrun setup`")
         if isinstance(reply, ApiError):
-            raise Misconfigured(f"the queue of agent {agent} in {stream} cannot be used: {reply.description}")
+            raise reply.about(f"the queue of agent {agent} in {stream} cannot be used")
         found = msgspec.json.decode(reply, type=_Consumer).config
         if found.filter_subject != filter or found.ack_policy != "explicit" or found.max_deliver != -1:
             raise Misconfigured(f"consumer {name} of stream {stream} was not made by agentrun: {found}")
@@ -370,6 +379,27 @@ class NatsQueue:
     def early(self) -> list[Hold]:
         """See `TurnQueue.early`."""
         return self._holder.early()
+
+    async def given_out(self, agent: str) -> list[Hold]:
+        """See `TurnQueue.given_out`: what lies between the first that is not settled and the last one given out."""
+        found: list[Hold] = []
+        for partition in range(self._core.found.partitions):
+            stream, name = stream_name(self._core.namespace, partition), consumer_name(agent)
+            reply = await self._core.queue.api(f"CONSUMER.INFO.{stream}.{name}")
+            if isinstance(reply, ApiError):
+                if reply.err_code in (_NO_CONSUMER, _NO_STREAM):
+                    continue
+                raise Unavailable(f"the queue of agent {agent} in {stream}: {reply.description}")
+            consumer = msgspec.json.decode(reply, type=_Consumer)
+            if consumer.num_ack_pending == 0:
+                continue
+            filter = consumer_filter(self._core.namespace, partition, agent)
+            first, last = consumer.ack_floor.stream_seq + 1, consumer.delivered.stream_seq
+            for stored in await self._reader.between(stream, filter, first, last, newest=MAX_NAMED):
+                # What the server looks at is the stream's sequence; the other number must only be a possible one.
+                token = f"{ACK_PREFIX}{stream}.{name}.1.{stored.seq}.{consumer.delivered.consumer_seq}.0.0"
+                found.append(Hold(agent, session_of(stored.subject), stored.offset, token))
+        return found[-MAX_NAMED:]
 
     async def hand_back(self, hold: Hold) -> None:
         """See `TurnQueue.hand_back`. The server honours this for any delivery of the input, an older one too."""

@@ -6,6 +6,7 @@ import math
 import sys
 import time
 from bisect import bisect_left
+from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from operator import attrgetter
@@ -28,6 +29,10 @@ BATCHES_AT_ONCE = 16
 CATCH_UPS_AT_ONCE = 32
 """Followers of a stream that read at once. After a reconnect all of them want to: thousands of requests at a time would
 be answered too late, sent again, and be ever more."""
+LED = 3.0
+"""Seconds since it heard of most of the servers for which a leader is believed to lead. They say something every
+second, and those that hear nothing of it elect another after four. One that has lost the way to one server only may be
+replaced through the others, and hears of that with their next word."""
 SPARSE = 200
 """A session is sparse where it has less than one of so many records of its stream."""
 NEAR = 32
@@ -50,6 +55,19 @@ class _ApiGet(Struct, frozen=True):
 
 class _ApiClock(Struct, frozen=True):
     ts: str
+
+
+class _Replica(Struct, frozen=True):
+    active: int = 0
+    """Nanoseconds since the leader heard of it."""
+
+
+class _Cluster(Struct, frozen=True):
+    replicas: list[_Replica] = []
+
+
+class _ApiLed(Struct, frozen=True):
+    cluster: _Cluster = _Cluster()
 
 
 class Place(NamedTuple):
@@ -128,6 +146,23 @@ class Reader:
             return None
         return stored_of(msg.headers, msg.data)
 
+    async def confirm(self, route: Route) -> None:
+        """See that the leader that has answered just now was the leader still, so that what it lacks is not there.
+
+        Raises:
+            Unavailable: It may have been replaced without its knowledge: for about ten seconds a leader that is cut off
+                goes on answering from what it has.
+        """
+        if self._core.found.replicas == 1:
+            return
+        reply = await self._core.reads.api(f"STREAM.INFO.{route.stream}")
+        if isinstance(reply, ApiError):
+            raise Unavailable(f"stream {route.stream}: {reply.description}")
+        replicas = msgspec.json.decode(reply, type=_ApiLed).cluster.replicas
+        heard = sum(replica.active < LED * 1e9 for replica in replicas)
+        if 2 * (heard + 1) <= len(replicas) + 1:
+            raise Unavailable(f"stream {route.stream}: its leader hears too few of the other servers")
+
     def _absent(self, error: ApiError, route: Route) -> None:
         if error.code == 404 and error.err_code != 10059:
             return
@@ -188,7 +223,7 @@ class Reader:
                 newest = None
                 if self._core.found.replicas > 1 and (newest := await self.newest(route, leader=True)) is None:
                     return []
-                ends, left = await self._batch(route, {"multi_last": [route.all]})
+                ends, left = await self._batch(route.stream, {"multi_last": [route.all]})
                 if left == 0 and (newest is None or any(s.seq >= newest.seq for s in ends)):
                     return ends
                 await anyio.sleep(pause)
@@ -238,7 +273,7 @@ class Reader:
         """Read the lane's next messages; whether there were any, or it has come to its end."""
         size = min(BATCH, limit, lane.most)
         query = {"seq": lane.next, "batch": size, "max_bytes": BATCH_BYTES, "next_by_subj": lane.filter}
-        found, left = await self._batch(route, query)
+        found, left = await self._batch(route.stream, query)
         if found:
             lane.found += found
             lane.next = found[-1].seq + 1
@@ -249,12 +284,33 @@ class Reader:
             lane.end = 0 if last is None else last.seq
         return bool(found) or lane.done
 
-    async def _batch(self, route: Route, query: Mapping[str, Any]) -> tuple[list[Stored], int | None]:
+    async def between(self, stream: str, filter: str, first: int, last: int, *, newest: int) -> Sequence[Stored]:
+        """The messages for a filter from one sequence to another, the newest of them; costs reading all.
+
+        Raises:
+            Unavailable: No server answers.
+        """
+        kept: deque[Stored] = deque(maxlen=newest)
+        patience = time.monotonic() + PATIENCE
+        while first <= last:
+            query = {"seq": first, "batch": BATCH, "max_bytes": BATCH_BYTES, "next_by_subj": filter}
+            found, left = await self._batch(stream, query)
+            if found:
+                patience = time.monotonic() + PATIENCE
+                first = found[-1].seq + 1
+                kept.extend(stored for stored in found if stored.seq <= last)
+            if left == 0:
+                break
+            if time.monotonic() > patience:
+                raise Unavailable(f"stream {stream}: no server answers")
+        return kept
+
+    async def _batch(self, stream: str, query: Mapping[str, Any]) -> tuple[list[Stored], int | None]:
         """The messages a server has for the query, and how many are left there; None if that is not known."""
         async with self._batches:
             try:
                 replies, end = await self._core.reads.collect(
-                    f"$JS.API.DIRECT.GET.{route.stream}", msgspec.json.encode(query), timeout=5.0
+                    f"$JS.API.DIRECT.GET.{stream}", msgspec.json.encode(query), timeout=5.0
                 )
             except NotConnected:
                 await anyio.sleep(0.1)

@@ -33,8 +33,8 @@ class ValkeyLog:
         self._core = core
         self._writers = itertools.count()
 
-    async def last(self, session: str) -> Tail:
-        """See `SessionLog.last`."""
+    async def last(self, session: str, *, fresh: bool = False) -> Tail:
+        """See `SessionLog.last`. It is the server's own word, and as fresh as the server is."""
         place = self._core.place(session)
         return tail_of(await self._core.run(TAIL, place.key, (place.prefix, session)))
 

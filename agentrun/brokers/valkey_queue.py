@@ -26,6 +26,7 @@ from agentrun.wire import check_id
 
 SETTLE = 10.0
 """Seconds an ack or a handing back is tried for."""
+MAX_NAMED = 5000
 LOOK = 5.0
 """Seconds after which whoever waits looks in any case: a wake-up may be lost."""
 _SOON = 0.005
@@ -213,6 +214,17 @@ class ValkeyQueue:
     def early(self) -> Sequence[Hold]:
         """Nothing: the server lists only what is ready."""
         return ()
+
+    async def given_out(self, agent: str) -> Sequence[Hold]:
+        """See `TurnQueue.given_out`. The token says nothing here: `hand_back` takes it from whoever has it."""
+        check_id("agent", agent)
+        found: list[Hold] = []
+        for number in range(self._core.found.partitions):
+            leased = f"{self._core.prefix(number)}l:{agent}"
+            for member in await self._core.command("ZRANGE", leased, "0", str(MAX_NAMED - 1), "REV"):
+                offset, _, session = member.decode().partition(":")
+                found.append(Hold(agent, session, int(offset), ""))
+        return found[:MAX_NAMED]
 
     async def hand_back(self, hold: Hold) -> None:
         """See `TurnQueue.hand_back`."""

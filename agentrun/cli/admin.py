@@ -64,7 +64,12 @@ async def set_up(url: str, namespace: str, streams: Streams, *, dry_run: bool = 
     """Connect to where nothing may be yet, and make what is needed."""
     if url.startswith("memory:"):
         raise Fatal("a broker in memory needs no setup", 2)
-    async with brokers.connect(url, namespace=namespace, check=False, streams=streams) as broker:
+    made: dict[str, Any] = {"streams": streams}
+    if url.startswith("sqlite:"):
+        if streams != Streams():
+            raise Fatal("what a file keeps, and for how long, is fixed: give no options", 2)
+        made = {}
+    async with brokers.connect(url, namespace=namespace, check=False, **made) as broker:
         assert isinstance(broker, BrokerAdmin)
         return await broker.setup(dry_run=dry_run)
 

@@ -28,6 +28,7 @@ lost, a connection breaks, the broker restarts). ::
 
 That gives one test per check, such as ``test_promise[Q2_nacked_turn_is_not_overtaken]``. No pytest plugin is needed,
 and `run_contract` does the same without pytest. A capability declared False is checked as well: for what happens then.
+A whole test file, and how to write a broker at all, is in docs/write-a-broker.md.
 
 `agentrun.brokers.memory.MemoryBroker` is a broker as well and passes the suite: tests of your program can use it, and
 need no mock. `FaultyBroker` wraps any broker and loses answers, heartbeats and the connection, by plan or by chance.

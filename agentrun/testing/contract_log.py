@@ -28,7 +28,8 @@ async def append_returns_the_new_end(env: Environment) -> None:
         expect(tail.offset == 1 and tail.next == 2, f"the first record has offset 1: {tail}")
         expect(str(tail.pending) == "1" and tail.kind is Kind.TURN, f"the end must carry kind and pending: {tail}")
         for broker in (one, two):
-            expect(_same(await broker.log.last("s"), tail), "`last` must give what append returned")
+            for fresh in (False, True):
+                expect(_same(await broker.log.last("s", fresh=fresh), tail), "`last` must give what append returned")
 
 
 @check(CHECKS, "L1")

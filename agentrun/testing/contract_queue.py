@@ -244,6 +244,36 @@ async def dead_holder_s_input_is_handed_back(env: Environment) -> None:
             await (await own(peer, "s", 2)).finish()
 
 
+@check(CHECKS, "Q10", Settings(lease_ttl=30.0))
+async def given_out_names_what_the_dead_hold(env: Environment) -> None:
+    """What a connection was given is named to another one, which can hand it back; what is settled is not."""
+    names = [f"s{number}" for number in range(5)]
+    async with connections(env, 2) as (dead, peer):
+        for name in names:
+            await send(dead, name)
+        first = await take(dead)
+        assert first
+        await (await Owner(dead, first).start()).finish()
+        lease = await take(dead)
+        assert lease
+        await Owner(dead, lease).start()
+        given = {(hold.session, hold.offset): hold for hold in await peer.turns.given_out(AGENT)}
+        wanted = (lease.session, lease.record.offset)
+        expect(wanted in given, f"{wanted} was given out, and named are only {list(given)}")
+        pending = [
+            hold.session for hold in given.values() if hold.offset in (await peer.log.last(hold.session)).pending
+        ]
+        expect(first.session not in pending, f"{first.session} is settled")
+        end = await peer.log.last(lease.session)
+        await peer.log.append(lease.session, b"lost", kind=Kind.EVENT, after=end, pending=end.pending.release())
+        await peer.turns.hand_back(given[wanted])
+        for _ in range(len(names) - 1):
+            again = await take(peer)
+            assert again, f"after {wanted} was handed back, all but {first.session} are to be leased"
+            await (await Owner(peer, again).start()).finish()
+        expect(not (await peer.log.last(lease.session)).pending, f"{wanted} was handed back, and not leased")
+
+
 @check(CHECKS, "Q9")
 async def settled_input_is_not_handed_back(env: Environment) -> None:
     """Handing back what was settled since changes nothing."""

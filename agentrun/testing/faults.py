@@ -176,9 +176,9 @@ class _FaultyLog:
         self._dice = dice
         self._line = line
 
-    async def last(self, session: str) -> Tail:
+    async def last(self, session: str, *, fresh: bool = False) -> Tail:
         await self._line.use()
-        return await self._inner.log.last(session)
+        return await self._inner.log.last(session, fresh=fresh)
 
     async def append(
         self,
@@ -268,6 +268,10 @@ class _FaultyQueue:
 
     def early(self) -> Sequence[Hold]:
         return self._inner.turns.early()
+
+    async def given_out(self, agent: str) -> Sequence[Hold]:
+        await self._line.use()
+        return await self._inner.turns.given_out(agent)
 
     async def hand_back(self, hold: Hold) -> None:
         await self._line.use()

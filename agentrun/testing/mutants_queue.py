@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import asynccontextmanager
 
 import anyio
@@ -175,6 +175,24 @@ class KeepsWhatIsHandedBack(Parts):
     class Turns(MemoryQueue):
         async def hand_back(self, hold: Hold) -> None:
             await checkpoint()
+
+
+@mutant(MUTANTS, "Q10_given_out_names_what_the_dead_hold")
+class KnowsOnlyItsOwn(Parts):
+    """Names what the asking connection itself was given."""
+
+    class Turns(MemoryQueue):
+        def __init__(self, state: MemoryState) -> None:
+            super().__init__(state)
+            self.mine: set[str] = set()
+
+        async def lease(self, agent: str, *, wait: float) -> MemoryLease | None:
+            lease = await super().lease(agent, wait=wait)
+            self.mine |= {lease.token} if lease else set()
+            return lease
+
+        async def given_out(self, agent: str) -> Sequence[Hold]:
+            return [hold for hold in await super().given_out(agent) if hold.token in self.mine]
 
 
 @mutant(MUTANTS, "S1_every_listener_is_reached")

@@ -6,11 +6,13 @@ import json
 import socket
 from collections.abc import AsyncGenerator, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from typing import Any
 
 import anyio
 import anyio.to_thread
+import nats
+import nats.errors
 import pytest
 
 from agentrun.broker import Kind, Pending, Tail
@@ -127,6 +129,47 @@ async def test_nothing_is_lost_when_the_leader_crashes(cluster: list[NatsServer]
             assert seen[session] == list(range(1, end + 1))
             found = await reader.log.read(session, limit=10**6)
             assert [r.offset for r in found] == list(range(1, end + 1))
+
+
+async def test_who_comes_while_there_is_no_leader_waits_for_one(cluster: list[NatsServer]) -> None:
+    async with cluster_environment(cluster, Settings()) as env:
+        rest, *others = cluster
+        for server in others:
+            await anyio.to_thread.run_sync(server.kill)
+        try:
+            await without_a_leader(rest)
+            entered = anyio.Event()
+
+            async def enter() -> None:
+                async with NatsBroker(rest.url, namespace=env.namespace) as broker:
+                    await broker.turns.open("agent")
+                    entered.set()
+
+            async with anyio.create_task_group() as group:
+                group.start_soon(enter)
+                await anyio.sleep(1.0)
+                assert not entered.is_set()
+                for server in others:
+                    await anyio.to_thread.run_sync(server.start)
+                with anyio.fail_after(30):
+                    await entered.wait()
+        finally:
+            for server in others:
+                await anyio.to_thread.run_sync(server.start)
+
+
+async def without_a_leader(server: NatsServer) -> None:
+    """Wait until a server that is left alone has noticed it."""
+    client = await nats.connect(server.url)
+    try:
+        with anyio.fail_after(60):
+            answer = b""
+            while b'"err_code":10008' not in answer:
+                with suppress(nats.errors.TimeoutError):  # while it believes in a leader, it leaves the answer to that
+                    answer = (await client.request("$JS.API.STREAM.NAMES", b"", timeout=1)).data
+                await anyio.sleep(0.25)
+    finally:
+        await client.close()
 
 
 async def leader_of(broker: NatsBroker, env: NatsEnvironment, servers: list[NatsServer]) -> NatsServer:

@@ -16,7 +16,7 @@ from agentrun.brokers.nats import NatsBroker
 from agentrun.brokers.nats_follow import Follower
 from agentrun.brokers.nats_link import Msg
 from agentrun.brokers.server import NatsServer
-from agentrun.errors import SessionGone
+from agentrun.errors import SessionGone, Unavailable
 from agentrun.testing import Settings
 from tests.brokers.nats_environment import NatsEnvironment, NatsEnvironments, Proxy
 
@@ -246,6 +246,27 @@ async def test_a_deleted_session_ends_the_follow(env: NatsEnvironment) -> None:
         await broker.log.delete("s")
         with anyio.fail_after(20), pytest.raises(SessionGone):
             await anext(lists)
+
+
+async def test_a_leader_that_may_be_none_any_more_ends_no_follow(
+    env: NatsEnvironment, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = anyio.Event()
+
+    async def not_led(_route: object) -> None:
+        asked.set()
+        raise Unavailable("its leader hears too few of the other servers")
+
+    async with env.broker() as broker, broker.log.follow("s") as lists, anyio.create_task_group() as group:
+        await write(broker, "s", 3)
+        await anext(lists)
+        monkeypatch.setattr(broker.log._reader, "confirm", not_led)
+        await broker.log.delete("s")
+        group.start_soon(anext, lists)
+        with anyio.fail_after(20):
+            await asked.wait()
+        await anyio.sleep(0.1)  # the next one has not raised
+        group.cancel_scope.cancel()
 
 
 async def test_an_abandoned_follow_leaves_no_subscription(env: NatsEnvironment) -> None:

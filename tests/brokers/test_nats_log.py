@@ -198,6 +198,23 @@ async def test_a_record_deleted_under_its_key_is_gone(env: NatsEnvironment) -> N
             await broker.log.append("s", b"x", kind=Kind.CANCEL, after=Tail(), pending=Pending(), dedupe="k")
 
 
+async def test_a_leader_that_may_be_none_any_more_is_not_believed_that_a_record_is_gone(
+    env: NatsEnvironment, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with env.broker() as broker:
+        await broker.log.append("s", b"x", kind=Kind.CANCEL, after=Tail(), pending=Pending(), dedupe="k")
+        await broker.log.delete("s")
+        monkeypatch.setattr(broker.log._reader, "confirm", not_led)
+        with pytest.raises(Unavailable, match="too few"):
+            await broker.log.append("s", b"x", kind=Kind.CANCEL, after=Tail(), pending=Pending(), dedupe="k")
+        with pytest.raises(Unavailable, match="too few"):
+            await broker.log.last("s", fresh=True)
+
+
+async def not_led(_route: object) -> None:
+    raise Unavailable("its leader hears too few of the other servers")
+
+
 # --------------------------------------------------------------------------------------------------------- reading
 
 

@@ -85,6 +85,29 @@ async def test_setup_spreads_sessions_over_partitions(nats_server: NatsServer) -
                 assert [r.offset for r in await broker.log.read(f"s{n}")] == [1]
 
 
+@pytest.mark.parametrize("call", ["INFO", "STREAM.INFO"])
+async def test_a_cluster_that_cannot_tell_at_the_moment_is_not_misconfigured(
+    nats_server: NatsServer, monkeypatch: pytest.MonkeyPatch, call: str
+) -> None:
+    errors = [
+        (ApiError(503, 10008, "JetStream system temporarily unavailable"), Unavailable),
+        (ApiError(503, 10039, "JetStream not enabled for account"), Misconfigured),
+    ]
+    api = Link.api
+    async with namespace_of(nats_server) as namespace:
+        await setup(nats_server, namespace)
+        for error, raised in errors:
+
+            async def answer(link: Link, asked: str, *args: Any, error: ApiError = error, **options: Any) -> Any:
+                return error if asked.startswith(call) else await api(link, asked, *args, **options)
+
+            monkeypatch.setattr(Link, "api", answer)
+            with pytest.raises(raised, match=error.description):
+                async with NatsBroker(nats_server.url, namespace=namespace):
+                    pass
+            monkeypatch.setattr(Link, "api", api)
+
+
 async def test_sessions_are_found_on_all_pages_of_all_partitions(
     nats_server: NatsServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:

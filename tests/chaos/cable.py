@@ -18,12 +18,13 @@ class Cable:
     meanwhile arrives once the cable is restored, as TCP does it. Slow: everything passes late, in order.
 
     Args:
-        port: Where it leads.
+        target: Where it leads.
+        port: Its own; 0: a free one.
     """
 
-    def __init__(self, port: int) -> None:
-        self.port = 0
-        self.target = port
+    def __init__(self, target: int, *, port: int = 0) -> None:
+        self.port = port
+        self.target = target
         self._server: asyncio.Server | None = None
         self._ends: set[_End] = set()
         self._down = False

@@ -5,16 +5,27 @@ from __future__ import annotations
 import random
 import signal
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import anyio
 
+from agentrun.brokers.server import NatsServer
 from agentrun.errors import AgentrunError
 from tests.chaos.cable import Cable
 from tests.chaos.evidence import Fault, Notebook
 from tests.chaos.process import Process
+from tests.chaos.routes import Routes, Way
 from tests.chaos.stage import LOAD, Stage
+
+_PARTED: Mapping[str, Callable[[Routes, int], list[Way]]] = {
+    "cut off": Routes.alone,
+    "cut off from one": Routes.link,
+    "silent": Routes.alone,
+    "deaf": Routes.to,
+    "mute": Routes.of,
+}
+"""How a server can be parted from the others, and what does not pass then."""
 
 
 class Plan(NamedTuple):
@@ -71,7 +82,12 @@ class Faults:
             "cable slow": (1, self._slow),
         }
         if stage.setup.cluster:
-            plans |= {"leader crash": (2, self._leader_crash), "leader steps down": (2, self._step_down)}
+            plans |= {
+                "leader crash": (2, self._leader_crash),
+                "leader steps down": (2, self._step_down),
+                "partition": (2, self._partition),
+                "leader parted": (2, self._leader_parted),
+            }
         self._plans = plans
         self._kinds = list(kinds or plans)
 
@@ -200,6 +216,31 @@ class Faults:
     def _step_down(self) -> Plan:
         what = self._dice.choice(["STREAM", *(f"CONSUMER.q-{name}" for name in self._stage.place.agents)])
         return Plan("servers", 0.0, lambda: self._stage.servers.step_down(what))
+
+    def _partition(self) -> Plan:
+        servers = self._stage.servers
+        server = self._dice.choice(servers.all)
+
+        async def whom() -> NatsServer:
+            return server
+
+        return self._parted(f"server {servers.all.index(server)}", whom)
+
+    def _leader_parted(self) -> Plan:
+        return self._parted("the leader", self._stage.servers.leader)
+
+    def _parted(self, name: str, whom: Callable[[], Awaitable[NatsServer]]) -> Plan:
+        """Its clients stay with it."""
+        how = self._dice.choice(list(_PARTED))
+        # From less than it takes to elect another leader, to more than it takes a leader to see that it is alone.
+        seconds = self._dice.uniform(2.0, 12.0)
+
+        async def act() -> None:
+            servers = self._stage.servers
+            ways = _PARTED[how](servers.routes, servers.all.index(await whom()))
+            await servers.part(ways, seconds, cut=how.startswith("cut"))
+
+        return Plan("servers", seconds, act, [f"{name}: {how}"])
 
     def _full(self) -> Plan:
         seconds = self._dice.uniform(0.5, 3.0)

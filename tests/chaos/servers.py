@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import random
 import socket
-from collections.abc import AsyncGenerator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable, Collection
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from typing import Any
@@ -17,6 +17,7 @@ from agentrun.brokers.nats import NatsBroker, Streams
 from agentrun.brokers.nats_layout import stream_name
 from agentrun.brokers.server import NatsServer
 from agentrun.errors import AgentrunError, Misconfigured, Unavailable
+from tests.chaos.routes import Routes, Way
 
 _SETTLING = 30.0
 """Seconds a cluster gets to have leaders."""
@@ -46,17 +47,11 @@ class Servers:
     """
 
     def __init__(self, count: int, namespace: str) -> None:
-        ports = free_ports(2 * count)
-        routes = ", ".join(f"nats://127.0.0.1:{port}" for port in ports[count:])
+        ports = free_ports(count * (count + 2))
+        self.routes = Routes(ports[count : 2 * count], ports[2 * count : 3 * count], ports[3 * count :])
         self.all = [
-            NatsServer(
-                port=port,
-                # Clients must not learn of ways that lead round their cables.
-                settings=f"cluster {{ name: chaos, listen: 127.0.0.1:{route}, routes: [{routes}], no_advertise: true }}"
-                if count > 1
-                else "",
-            )
-            for port, route in zip(ports[:count], ports[count:], strict=True)
+            NatsServer(port=port, settings=self.routes.settings(n) if count > 1 else "")
+            for n, port in enumerate(ports[:count])
         ]
         self.namespace = namespace
         self.stream = stream_name(namespace, 0)
@@ -71,18 +66,19 @@ class Servers:
     @asynccontextmanager
     async def run(self) -> AsyncGenerator[None]:
         """Have them run. Whatever is stopped when the context is left goes on before."""
-        try:
-            await anyio.to_thread.run_sync(self._start)
-            self._check_advertised()
-            await self._set_up()
-            url = ",".join(server.url for server in self.all)
-            async with NatsBroker(url, namespace=self.namespace) as self._operator:
-                yield
-        finally:
-            with anyio.CancelScope(shield=True):
-                for server in self.all:
-                    server.resume()
-                    await anyio.to_thread.run_sync(server.stop)
+        async with self.routes.laid():
+            try:
+                await anyio.to_thread.run_sync(self._start)
+                self._check_advertised()
+                await self._set_up()
+                url = ",".join(server.url for server in self.all)
+                async with NatsBroker(url, namespace=self.namespace) as self._operator:
+                    yield
+            finally:
+                with anyio.CancelScope(shield=True):
+                    for server in self.all:
+                        server.resume()
+                        await anyio.to_thread.run_sync(server.stop)
 
     def _start(self) -> None:
         with ThreadPoolExecutor(len(self.all)) as threads:
@@ -124,6 +120,15 @@ class Servers:
             await anyio.sleep(seconds)
         finally:
             server.resume()
+
+    async def part(self, ways: Collection[Way], seconds: float, *, cut: bool) -> None:
+        """Let nothing pass between servers for a time, by reset connections or by silent ones.
+
+        Raises:
+            Leaky: Something has passed.
+        """
+        async with self.routes.parted(ways, [server.name for server in self.all], cut=cut):
+            await anyio.sleep(seconds)
 
     async def leader(self) -> NatsServer:
         """Who leads the stream.
@@ -172,7 +177,8 @@ class Servers:
         return answer
 
     async def await_health(self) -> None:
-        """Wait until all servers run and the stream has a leader."""
+        """Wait until all servers run, hear each other, and the stream has a leader."""
+        self.routes.restore()
         for server in self.all:
             server.resume()
             await anyio.to_thread.run_sync(server.start)

@@ -33,8 +33,8 @@ async def test_promises_hold_while_processes_and_connections_break(tmp_path: Pat
 
 async def test_promises_hold_while_a_cluster_loses_its_leader(tmp_path: Path) -> None:
     setup = Setup(folder=tmp_path, seed=8, cluster=True)
-    surely = ("kill", "leader crash", "leader steps down")
-    _assert_kept(await play(setup, SCALE, seconds=25, pace=2.0, surely=surely), surely)
+    surely = ("kill", "leader crash", "leader steps down", "leader parted")
+    _assert_kept(await play(setup, SCALE, seconds=30, pace=2.0, surely=surely), surely)
 
 
 def _assert_kept(outcome: Outcome, happened: tuple[str, ...]) -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import pytest
+
 from agentrun import wire
-from agentrun.broker import Broker, Kind, Pending
+from agentrun.broker import Broker, Kind, Pending, Record, Tail
 from agentrun.brokers.memory import MemoryBroker
 from agentrun.brokers.memory_state import MemoryState
 from agentrun.client import Client
@@ -32,6 +34,27 @@ def make_client(broker: Broker, **settings: Any) -> Client:
 
 def message(text: str) -> wire.Message:
     return wire.Message(parts=[wire.TextPart(text)])
+
+
+def lag(broker: MemoryBroker, monkeypatch: pytest.MonkeyPatch, through: int) -> None:
+    """Show sessions as they were at that offset, as a server that is cut off does, until a fresh end is asked for."""
+    log = broker.log
+    last, read = log.last, log.read
+    fresh_since = False
+
+    async def lagging_read(session: str, **args: Any) -> Sequence[Record]:
+        return [r for r in await read(session, **args) if fresh_since or r.offset <= through]
+
+    async def lagging_last(session: str, *, fresh: bool = False) -> Tail:
+        nonlocal fresh_since
+        fresh_since = fresh_since or fresh
+        if fresh_since:
+            return await last(session)
+        seen = await lagging_read(session)
+        return seen[-1].tail if seen else Tail()
+
+    monkeypatch.setattr(log, "last", lagging_last)
+    monkeypatch.setattr(log, "read", lagging_read)
 
 
 class Owner:

@@ -7,7 +7,7 @@ from typing import Any
 
 import anyio
 import pytest
-from scripted_owner import Owner, make_broker, make_client, message
+from scripted_owner import Owner, lag, make_broker, make_client, message
 
 import agentrun
 from agentrun import wire
@@ -483,6 +483,28 @@ async def test_an_answer_wakes_the_turn_s_agent(session: Session, owner: Owner) 
     assert wire.decode(record.body) == wire.TurnAnswer(
         turn="t1", request="q1", value={"approved": True, "reason": "sure"}, user="ann"
     )
+
+
+async def test_a_question_that_a_lagging_server_does_not_know_is_answered_all_the_same(
+    session: Session, broker: MemoryBroker, owner: Owner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await session.send("a", id="t1")
+    await owner.start("t1", 1)
+    await owner.ask("q1")
+    await owner.ask("q2")
+    for request, through in (("q1", 0), ("q2", 2)):  # neither the turn is known, nor the question
+        with monkeypatch.context() as patch:
+            lag(broker, patch, through=through)
+            await session.turn("t1").answer(request, True)
+    assert (await session.turn("t1").view()).questions["q2"].answer is not None
+
+
+async def test_a_turn_that_a_lagging_server_does_not_know_is_seen(
+    session: Session, broker: MemoryBroker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    turn = await session.send("a", id="t1")
+    lag(broker, monkeypatch, through=0)
+    assert (await turn.view()).state == "queued"
 
 
 async def test_the_first_answer_wins(broker: MemoryBroker, owner: Owner) -> None:

@@ -50,8 +50,8 @@ class Log:
     async def read(self, session: str, **args: Any) -> Any:
         return await self.inner.read(session, **args)
 
-    async def last(self, session: str) -> Tail:
-        return await self.inner.last(session)
+    async def last(self, session: str, *, fresh: bool = False) -> Tail:
+        return await self.inner.last(session, fresh=fresh)
 
 
 class Bench:

@@ -7,7 +7,7 @@ from typing import Any
 import anyio
 import anyio.lowlevel
 import pytest
-from scripted_owner import Clock, Owner, make_broker, make_client, message
+from scripted_owner import Clock, Owner, lag, make_broker, make_client, message
 
 from agentrun import wire
 from agentrun.broker import Kind, Pending
@@ -342,6 +342,16 @@ async def test_offsets_from_the_future_are_another_log_s(setting: Setting) -> No
         with pytest.raises(InvalidInput, match="-1"):
             await read
     assert await setting.stored(1) == []
+
+
+async def test_a_server_that_lags_behind_is_not_believed_that_a_session_is_gone(
+    setting: Setting, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await two_turns(setting)
+    for read in (setting.stored, lambda after: setting.live(3, after)):
+        with monkeypatch.context() as patch:
+            lag(setting.broker, patch, through=5)
+            assert [e.offset for e in await read(8)] == [9, 10, 11]
 
 
 async def test_a_replica_that_lags_is_waited_for(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import anyio
 import msgspec
 import pytest
-from scripted_owner import Owner, make_broker, make_client
+from scripted_owner import Owner, lag, make_broker, make_client
 
 from agentrun import wire
 from agentrun.broker import Kind
@@ -171,6 +171,31 @@ async def test_an_ended_turn_and_an_unknown_one_get_their_receipts_at_once(
     assert (receipt.status, receipt.offset) == ("not_found", 0)
     assert receipt.took < 0.2
     assert await stops(broker) == []
+
+
+async def test_a_turn_that_a_lagging_server_does_not_know_is_stopped_all_the_same(
+    session: Session, owner: Owner, broker: MemoryBroker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await session.send("a", id="t1")
+    await owner.run("t1", 1, "one")
+    turn = await session.send("b", id="t2")
+    await owner.start("t2", turn.offset)
+    lag(broker, monkeypatch, through=turn.offset - 1)
+    async with anyio.create_task_group() as group:
+        group.start_soon(obey, owner)
+        receipt = await turn.cancel(by="me")
+    assert (receipt.status, [event.turn for _, event in await stops(broker)]) == ("cancelled", ["t2"])
+
+
+async def test_all_turns_of_a_session_that_a_lagging_server_knows_are_not_all(
+    session: Session, owner: Owner, broker: MemoryBroker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await session.send("a", id="t1")
+    await owner.run("t1", 1, "one")
+    await session.send("b", id="t2")
+    lag(broker, monkeypatch, through=4)
+    assert (await session.cancel()).status == "pending"
+    assert len(await stops(broker)) == 1
 
 
 async def test_a_cancelled_turn_had_already_ended_for_the_next_stop(session: Session, owner: Owner) -> None:

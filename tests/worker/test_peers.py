@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from typing import Any
 
 import anyio
 import msgspec
@@ -33,6 +34,11 @@ async def words(ctx: Context) -> AsyncIterator[str]:
         if n == 5 and ctx.attempt == 1 and ctx.text == "wait":
             await anyio.sleep_forever()
         await anyio.sleep(0.005)
+
+
+@agent(name="idle")
+async def idle(_ctx: Context) -> AsyncIterator[str]:
+    yield "done"
 
 
 WHOLE = "".join(f"w{n} " for n in range(GOES_ON))
@@ -150,6 +156,7 @@ class Witness:
             Seen(),  # type: ignore[arg-type]
             "witness",
             lost_after=0.3,
+            agents=(),
             holds=list,
             alive=lambda: True,
         )
@@ -198,6 +205,60 @@ async def test_those_whose_turn_it_was_may_be_dead_as_well(fleet: Fleet) -> None
     await witness.sees_die(hold, others=40)
     assert set(witness.handed_back) == {hold}
     assert len(await lost(fleet)) == 1
+
+
+async def test_a_fleet_that_died_as_a_whole_is_taken_over_by_the_next(fleet: Fleet) -> None:
+    session = fleet.session(agent="words")
+    running = [await start(fleet, name) for name in ("first", "second")]
+    turns = [
+        await session.send("wait"),
+        await session.send("next"),
+        await fleet.session("other", agent="words").send("wait"),
+    ]
+    for name in ("s", "other"):
+        await fleet.until(lambda e: isinstance(e, wire.TextDelta) and e.text.endswith("w5 "), name)
+    for each in running:
+        await each.crash()
+    before = time.monotonic()
+    await start(fleet, "first")  # a name is no reason to think that one is alive
+    for turn in turns:
+        assert (await turn.result(20)).text == WHOLE
+    assert time.monotonic() - before < LEASE * 0.7
+    for name in ("s", "other"):
+        [said] = await lost(fleet, name)
+        assert (said.attempt, said.by) == (1, "first")
+
+
+async def test_the_oldest_leaves_alone_what_the_living_hold(fleet: Fleet) -> None:
+    oldest = await fleet.worker(idle, name="oldest", lease=LEASE, lost_after=LOST_AFTER)
+    running = [await start(fleet, name, concurrency=1) for name in ("first", "second")]
+    asked: list[set[str]] = []
+
+    def listen_in(turns: Any) -> None:
+        inner = turns.given_out
+
+        async def given_out(agent: str) -> Sequence[Hold]:
+            holds = await inner(agent)
+            asked.append({hold.session for hold in holds})
+            return holds
+
+        turns.given_out = given_out
+
+    for each in running:
+        listen_in(line(each).turns)
+    for name in ("s", "other"):
+        await fleet.session(name, agent="words").send("wait")
+    await eventually(lambda: sum(len(each.worker.info.running) for each in running) == 2)
+    await until_all_are_seen(fleet, 3)
+    await oldest.drain()
+    await eventually(lambda: len(asked) >= 2, 20)
+    await anyio.sleep(LOST_AFTER)
+    assert {"s", "other"} <= asked[0]
+    for name in ("s", "other"):
+        assert await lost(fleet, name) == []
+    assert [turn.attempt for each in running for turn in each.worker.info.running] == [1, 1]
+    for name in ("s", "other"):
+        await fleet.session(name).cancel()
 
 
 async def test_what_it_had_not_begun_is_handed_back_and_nothing_is_said(fleet: Fleet) -> None:
