@@ -81,7 +81,8 @@ async def _show(script: Script, stage: Stage, who: str, http_port: int | None) -
         Fleet(place, script.spec, lease=_LEASE, env={"AGENTRUN_TOOLS": ""}) as fleet,
         served_page(place, http_port, agent=script.agent) as page,
     ):
-        stage.say(f"server   {place.url} (nats-server, process {place.server})", "dim")
+        what = f" (nats-server, process {place.server})" if place.server else ""
+        stage.say(f"server   {place.url}{what}", "dim")
         workers = await fleet.start(client, 2)
         stage.say(f"workers  processes {' and '.join(str(w.pid) for w in workers)}, {who}", "dim")
         async with anyio.create_task_group() as group:
