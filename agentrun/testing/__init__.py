@@ -1,4 +1,15 @@
-"""Prove that a broker keeps the contract of `agentrun.broker`, and that your program stands what brokers do.
+"""Test agents and backends; prove that a broker keeps the contract of `agentrun.broker`.
+
+Agents
+======
+
+`run_turn` runs one turn of an agent with a real worker in memory, and returns its text, events and outcome; workers can
+die and connections break meanwhile (`WorkerDies`, `AckLost`, `ConnectionLost`). `Script` and `ScriptedModel` say what
+the model says. A `Rig` is a broker, a client and workers, for all else; `agentrun.testing.pytest_plugin` has it as
+fixtures. docs/testing.md shows all of it.
+
+Brokers
+=======
 
 A broker of your own is proved by subclassing `BrokerContract` in a test module. Each check runs in an `Environment`:
 an empty broker, whose methods open connections and, for some checks, do what goes wrong in the world (an answer is
@@ -39,20 +50,38 @@ from agentrun.testing.contract import CHECKS, BrokerContract, Outcome, run_check
 from agentrun.testing.contract_base import Check, ContractBroken, Environment, Environments, Settings
 from agentrun.testing.environments import MemoryEnvironment, memory_environments
 from agentrun.testing.faults import Faults, FaultyBroker
+from agentrun.testing.mishaps import AckLost, ConnectionLost, Mishap, WorkerDies
+from agentrun.testing.rig import Rig, RunningWorker, memory_rig, nats_rig
+from agentrun.testing.script import ModelError, Script, ScriptedModel
+from agentrun.testing.turn import Answers, TurnResult, run_turn
 
 __all__ = [
     "CHECKS",
+    "AckLost",
+    "Answers",
     "BrokerContract",
     "Check",
+    "ConnectionLost",
     "ContractBroken",
     "Environment",
     "Environments",
     "Faults",
     "FaultyBroker",
     "MemoryEnvironment",
+    "Mishap",
+    "ModelError",
     "Outcome",
+    "Rig",
+    "RunningWorker",
+    "Script",
+    "ScriptedModel",
     "Settings",
+    "TurnResult",
+    "WorkerDies",
     "memory_environments",
+    "memory_rig",
+    "nats_rig",
     "run_check",
     "run_contract",
+    "run_turn",
 ]

@@ -69,12 +69,20 @@ class _Dice:
         self.faults = faults
         self.injected: Counter[str] = Counter()
         self._calls: Counter[str] = Counter()
+        self._next: Counter[str] = Counter()
         self._chances: dict[str, random.Random] = {}
+
+    def hit_next(self, fault: str) -> None:
+        """Hit one call more, whatever was planned: the next one."""
+        self._next[fault] += 1
 
     def hits(self, fault: str) -> bool:
         when: When = getattr(self.faults, fault)
         self._calls[fault] += 1
         hit = self.chance(fault) < when if isinstance(when, (int, float)) else self._calls[fault] in when
+        if self._next[fault]:
+            self._next[fault] -= 1
+            hit = True
         self.injected[fault] += hit
         return hit
 
@@ -123,6 +131,15 @@ class FaultyBroker:
     def disconnect(self, seconds: float = float("inf")) -> None:
         """Break the connection, for a time or until `reconnect`."""
         self._line.cut(seconds)
+
+    def drop_next_ack(self) -> None:
+        """Lose the answer to the next append that is stored: it raises `Unavailable`, besides what `Faults` plan."""
+        self._dice.hit_next("lose_ack")
+
+    @property
+    def held(self) -> list[Hold]:
+        """The leases this connection was given and has not settled."""
+        return self.turns.held
 
     def reconnect(self) -> None:
         """Mend the connection."""
@@ -249,6 +266,11 @@ class _FaultyQueue:
         self._dice = dice
         self._line = line
         self._again: dict[str, list[Lease]] = {}
+        self._held: dict[str, Hold] = {}
+
+    @property
+    def held(self) -> list[Hold]:
+        return list(self._held.values())
 
     async def open(self, agent: str, *, lease_ttl: float | None = None) -> float:
         await self._line.use()
@@ -257,14 +279,15 @@ class _FaultyQueue:
     async def lease(self, agent: str, *, wait: float) -> Lease | None:
         await self._line.use()
         if again := self._again.pop(agent, None):
-            return _FaultyLease(again[0], self._dice, self._line)
+            return _FaultyLease(again[0], self._dice, self._line, self._held)
         lease = await self._inner.turns.lease(agent, wait=wait)
         if lease is None:
             return None
         await self._line.use()  # what was given out meanwhile never arrived; it runs out
+        self._held[lease.token] = Hold(agent, lease.session, lease.record.offset, lease.token)
         if self._dice.hits("repeat_lease"):
             self._again[agent] = [lease]
-        return _FaultyLease(lease, self._dice, self._line)
+        return _FaultyLease(lease, self._dice, self._line, self._held)
 
     def early(self) -> Sequence[Hold]:
         return self._inner.turns.early()
@@ -279,10 +302,11 @@ class _FaultyQueue:
 
 
 class _FaultyLease:
-    def __init__(self, inner: Lease, dice: _Dice, line: _Line) -> None:
+    def __init__(self, inner: Lease, dice: _Dice, line: _Line, held: dict[str, Hold]) -> None:
         self._inner = inner
         self._dice = dice
         self._line = line
+        self._held = held
 
     @property
     def session(self) -> str:
@@ -314,6 +338,7 @@ class _FaultyLease:
         await self._line.use()
         if not self._dice.hits("lose_settle"):
             await settle()
+        self._held.pop(self.token, None)
 
 
 class _FaultySignals:

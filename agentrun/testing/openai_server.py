@@ -16,79 +16,32 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 import time
 from collections import deque
 from contextlib import AsyncExitStack, suppress
-from typing import Any, Self, cast
+from typing import Any, Protocol, Self, cast
 
 import anyio
 from anyio.abc import SocketAttribute, SocketStream
-from msgspec import Struct, field
+from msgspec import Struct
 
-__all__ = ["Call", "Disconnect", "Drop", "Fail", "FakeOpenAI", "Pause", "Refuse", "Request", "Stall", "Text", "Thought"]
+from agentrun.testing.steps import Call, Drop, Fail, Pause, Refuse, Stall, Step, Text, Thought, words
 
-
-class Text(Struct, frozen=True):
-    """Text of the answer, sent word by word, each word ``delay`` seconds after the last."""
-
-    text: str
-    delay: float = 0.0
-
-
-class Thought(Struct, frozen=True):
-    """Reasoning (``reasoning_content``), sent like `Text`."""
-
-    text: str
-    delay: float = 0.0
-
-
-class Call(Struct, frozen=True):
-    """A tool call, its arguments cut into ``pieces`` deltas. Several in one script are parallel calls.
-
-    ``arguments`` as text is sent as it is, valid JSON or not.
-    """
-
-    name: str
-    arguments: dict[str, Any] | str = field(default_factory=dict[str, Any])
-    id: str = ""
-    pieces: int = 3
-
-
-class Pause(Struct, frozen=True):
-    """Silence. As the first step it is silence before the response headers."""
-
-    seconds: float
-
-
-class Stall(Struct, frozen=True):
-    """Silence until the client goes away."""
-
-
-class Fail(Struct, frozen=True):
-    """An error object inside the stream, which ends it."""
-
-    message: str = "the model failed"
-    code: str | None = None
-    type: str = "server_error"
-
-
-class Drop(Struct, frozen=True):
-    """The connection breaks off. ``clean`` ends the response properly, but without a finish reason or ``[DONE]``."""
-
-    clean: bool = False
-
-
-class Refuse(Struct, frozen=True):
-    """An HTTP error instead of a stream; stands alone in its script."""
-
-    status: int
-    message: str = "refused"
-    code: str | None = None
-    headers: dict[str, str] = field(default_factory=dict[str, str])
-
-
-Step = Text | Thought | Call | Pause | Stall | Fail | Drop | Refuse
+__all__ = [
+    "Answer",
+    "Call",
+    "Disconnect",
+    "Drop",
+    "Fail",
+    "FakeOpenAI",
+    "Pause",
+    "Refuse",
+    "Request",
+    "Stall",
+    "Step",
+    "Text",
+    "Thought",
+]
 
 
 class Request(Struct):
@@ -109,6 +62,20 @@ class Disconnect(Struct):
     request: int
     tokens: int
     at: float
+
+
+class Answer(Protocol):
+    """One answer, as `agentrun.testing.Script` has it."""
+
+    @property
+    def steps(self) -> tuple[Step, ...]:
+        """What to send, in order."""
+        ...
+
+    @property
+    def usage(self) -> tuple[int, int] | None:
+        """Prompt and completion tokens; None: count words."""
+        ...
 
 
 class _Script(Struct):
@@ -152,6 +119,11 @@ class FakeOpenAI:
             usage: Prompt and completion tokens; counted in words by default.
         """
         self._scripts.append(_Script(steps, finish_reason, usage))
+
+    def play(self, *scripts: Answer) -> None:
+        """Queue the answers to as many requests, such as `agentrun.testing.Script`."""
+        for script in scripts:
+            self.script(*script.steps, usage=script.usage)
 
     async def requested(self, count: int = 1) -> None:
         """Wait until ``count`` requests have come."""
@@ -309,7 +281,7 @@ class _Answer:
         """Send one step; return False if the response ends here."""
         match step:
             case Text() | Thought():
-                for word in _words(step.text):
+                for word in words(step.text):
                     await anyio.sleep(step.delay)
                     await self._delta({"content" if isinstance(step, Text) else "reasoning_content": word})
                     self.tokens += 1
@@ -356,7 +328,7 @@ class _Answer:
                 {"id": _call_id(c, i), "type": "function", "function": {"name": c.name, "arguments": _arguments(c)}}
                 for i, c in enumerate(calls)
             ]
-        self.tokens = len(_words(text))
+        self.tokens = len(words(text))
         choice = {"index": 0, "message": message, "finish_reason": self._finish(script)}
         return {**self._envelope("chat.completion"), "choices": [choice], "usage": self._usage(script)}
 
@@ -365,7 +337,7 @@ class _Answer:
         return script.finish_reason or ("tool_calls" if calls else "stop")
 
     def _usage(self, script: _Script) -> dict[str, int]:
-        asked = sum(len(_words(_content(m))) for m in self._request.body.get("messages", []))
+        asked = sum(len(words(_content(m))) for m in self._request.body.get("messages", []))
         prompt, completion = script.usage or (asked, self.tokens)
         return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
 
@@ -378,11 +350,6 @@ class _Answer:
 
     async def _event(self, body: dict[str, Any]) -> None:
         await self._wire.chunk(f"data: {json.dumps({**self._envelope('chat.completion.chunk'), **body})}\n\n".encode())
-
-
-def _words(text: str) -> list[str]:
-    # Each word keeps the white space that follows it, so that the words joined are the text.
-    return re.findall(r"\s*\S+\s*|\s+", text)
 
 
 def _arguments(call: Call) -> str:

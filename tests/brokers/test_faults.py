@@ -166,6 +166,27 @@ async def test_a_lost_settlement_gives_the_lease_out_again() -> None:
         assert await broker.turns.lease("agent", wait=TTL * 1.5) is None
 
 
+async def test_the_next_ack_is_lost_whatever_was_planned() -> None:
+    async with faulty() as broker:
+        await append(broker, b"1")
+        broker.drop_next_ack()
+        with pytest.raises(Unavailable):
+            await append(broker, b"2")
+        await append(broker, b"3")
+        assert await bodies(broker) == [b"1", b"2", b"3"]
+        assert broker.injected["lose_ack"] == 1
+
+
+async def test_it_knows_what_it_holds() -> None:
+    async with faulty() as broker:
+        await broker.turns.open("agent")
+        await send(broker, "s")
+        lease = await must_take(broker, "s", 1)
+        assert [(hold.session, hold.offset, hold.token) for hold in broker.held] == [("s", 1, lease.token)]
+        await lease.nack()
+        assert broker.held == []
+
+
 async def test_a_lease_given_out_twice_is_caught_by_the_fence() -> None:
     async with faulty(repeat_lease={1}) as broker:
         await broker.turns.open("agent")
