@@ -356,7 +356,7 @@ class SessionLog(Protocol):
             body: The record, at most ``capabilities.max_body`` bytes.
             kind: What it is; TURN needs ``agent``.
             after: The session's end as the caller knows it. With a higher ``lost`` the offsets below ``after.next`` are
-                skipped.
+                skipped: for who restores a log (see `agentrun.moving`).
             pending: The unsettled inputs once this record is stored.
             agent: For whom a TURN is queued.
             dedupe: Under what key an input is stored only once.

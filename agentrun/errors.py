@@ -18,6 +18,7 @@
         - TurnNotFound       the session holds no such turn
         - NotWaiting         the question is not open: unknown, answered, or its turn ended
         - SessionGone        the session was deleted under the caller
+      + SessionExists        an import met other records under the session's name
       + TurnFailed           raised by Turn.result() for a turn that did not complete
       + InvalidInput         an argument, id or record that cannot be used
         - IdTaken            the id names another request already
@@ -51,6 +52,7 @@ __all__ = [
     "Retry",
     "SessionBusy",
     "SessionError",
+    "SessionExists",
     "SessionGone",
     "TooLarge",
     "TurnFailed",
@@ -151,6 +153,10 @@ class NotWaiting(SessionError):
 
 class SessionGone(SessionError):
     """The session was deleted while it was being used."""
+
+
+class SessionExists(AgentrunError):
+    """A session that is to be imported has records here that are not those of the export."""
 
 
 class TurnFailed(AgentrunError):
