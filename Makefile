@@ -38,7 +38,7 @@ test-newer: venv
 	@newer=$$(.ci/newer $(BIN)/python); \
 	if [ -z "$$newer" ]; then echo "no newer Python than $$($(BIN)/python --version) on this machine"; exit 0; fi; \
 	.ci/venv $(NEWER) dev $$newer && echo "again with $$($(NEWER)/bin/python --version):" && \
-	$(NEWER)/bin/python -m pytest tests/unit tests/worker -k "not nats" $(PYTEST_ARGS)
+	$(NEWER)/bin/python -m pytest tests/unit tests/worker -k "not nats and not valkey" $(PYTEST_ARGS)
 
 # The browser and the npm packages that the gateway is tested with.
 clients:

@@ -32,7 +32,8 @@ Queue
   Q1  An append of kind TURN both shows the record to readers and queues it for its ``agent``, in one step.
   Q2  *Order.* An input is leased only when `Pending.ready` says so of its session's end: at most one live lease per
       session, in the order of the pending list; a turn that is handed back blocks its session until it is leased
-      again. An input that is no longer pending is never leased.
+      again. An input that is no longer pending is never leased. (While the head is parked and its lease not settled
+      yet, a broker that keeps no account of leases per session may lease a waker beside it; L1 decides between them.)
   Q3  *Side by side.* A busy session never delays another, however many inputs it has waiting.
   Q4  *Expiry.* A lease that is not extended for ``lease_ttl`` seconds is given out again (to anyone). The old holder
       is stopped by L1, not by the queue.

@@ -18,6 +18,7 @@
         - TurnNotFound       the session holds no such turn
         - NotWaiting         the question is not open: unknown, answered, or its turn ended
         - SessionGone        the session was deleted under the caller
+          + RecordsLost      the broker lost records of it that it had acknowledged
       + SessionExists        an import met other records under the session's name
       + TurnFailed           raised by Turn.result() for a turn that did not complete
       + InvalidInput         an argument, id or record that cannot be used
@@ -49,6 +50,7 @@ __all__ = [
     "NoListener",
     "NotWaiting",
     "QueueFull",
+    "RecordsLost",
     "Retry",
     "SessionBusy",
     "SessionError",
@@ -153,6 +155,23 @@ class NotWaiting(SessionError):
 
 class SessionGone(SessionError):
     """The session was deleted while it was being used."""
+
+
+class RecordsLost(SessionGone):
+    """The broker lost records of the session that it had acknowledged: a failover, or a crash before they were on disk.
+
+    Attributes:
+        after: The offset of a record that was stored.
+        end: The offset that the session ends at now, which may have been given out anew.
+    """
+
+    def __init__(self, session: str, after: int, end: int) -> None:
+        super().__init__(
+            f"the broker has lost records of session {session}: {after} was stored, and the session ends at {end} now "
+            "or has another record there. What it has is read from offset 0"
+        )
+        self.after = after
+        self.end = end
 
 
 class SessionExists(AgentrunError):

@@ -5,7 +5,9 @@ from collections.abc import Iterator
 import pytest
 
 from agentrun.brokers.server import NatsServer
+from agentrun.brokers.valkey_server import ValkeyServer
 from tests.brokers.nats_environment import NatsEnvironments
+from tests.brokers.valkey_environment import ValkeyEnvironments
 
 _GROUPS = {
     "processes": ("tests/e2e",),
@@ -50,3 +52,16 @@ def nats_server() -> Iterator[NatsServer]:
 def nats_environments(nats_server: NatsServer) -> NatsEnvironments:
     """Empty namespaces of that server."""
     return NatsEnvironments(nats_server)
+
+
+@pytest.fixture(scope="session")
+def valkey_server() -> Iterator[ValkeyServer]:
+    """A real valkey-server, shared by all tests of the run; each test takes a namespace of its own."""
+    with ValkeyServer() as server:
+        yield server
+
+
+@pytest.fixture
+def valkey_environments(valkey_server: ValkeyServer) -> ValkeyEnvironments:
+    """Empty namespaces of that server."""
+    return ValkeyEnvironments(valkey_server)

@@ -153,7 +153,7 @@ async def load(core: Core, min_dedupe_window: float) -> Layout:
             raise Misconfigured(f"stream {name} is not as needed, run `agentrun setup`: {'; '.join(wrong)}")
         configs.append(found.config)
     if first.ts:
-        core.set_time(parse_time(first.ts))
+        core.clock.set(parse_time(first.ts))
     sizes = [config["max_msg_size"] for config in configs if config.get("max_msg_size", -1) > 0]
     return Layout(
         namespace=core.namespace,

@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from anyio.abc import TaskGroup
 
+from agentrun.brokers.clock import ServerClock
 from agentrun.brokers.nats_layout import Layout, Route
 from agentrun.brokers.nats_link import Link
 from agentrun.errors import Misconfigured
 from agentrun.wire import check_id
 
 _ROUTES = 10_000
-_STEP = 0.5
-"""Seconds by which the wall clock must differ from the steady one, from one look to the next, to have been set."""
-
-# One that goes on while the machine sleeps, as the server's does.
-_STEADY = getattr(time, "CLOCK_BOOTTIME", None)
 
 
 @dataclass
@@ -31,10 +26,7 @@ class Core:
     queue: Link
     reads: Link
     layout: Layout | None = None
-    skew: float = 0.0
-    """The server's clock minus ours, in seconds."""
-    _shift: float | None = None
-    """The wall clock minus the steady one, when looked at last."""
+    clock: ServerClock = field(default_factory=ServerClock)
     tasks: TaskGroup | None = None
     suspect: Callable[[], None] = lambda: None
     """Called where something suggests that the streams are no longer what was found."""
@@ -69,20 +61,8 @@ class Core:
         return route
 
     def now(self) -> float:
-        """The server's time, as well as we know it. A wall clock that is slewed is followed, one that is set is not."""
-        return self._local_time() + self.skew
-
-    def set_time(self, server: float) -> None:
-        """Learn what time it is at the server now."""
-        self.skew = server - self._local_time()
-
-    def _local_time(self) -> float:
-        wall = time.time()
-        shift = wall - (time.monotonic() if _STEADY is None else time.clock_gettime(_STEADY))
-        if self._shift is not None and abs(shift - self._shift) > _STEP:
-            self.skew -= shift - self._shift
-        self._shift = shift
-        return wall
+        """The server's time, as well as we know it."""
+        return self.clock.now()
 
     def forget_routes(self) -> None:
         """After the layout has changed."""

@@ -269,7 +269,7 @@ async def test_an_error_in_the_body_comes_out_as_it_is(nats_server: NatsServer) 
 def test_connect_picks_the_broker_by_url() -> None:
     assert isinstance(connect("nats://127.0.0.1:4222", namespace="n"), NatsBroker)
     assert isinstance(connect("memory://here"), MemoryBroker)
-    for url in ("redis://x", "127.0.0.1"):
+    for url in ("amqp://x", "127.0.0.1"):
         with pytest.raises(InvalidInput, match="nats://"):
             connect(url)
     with pytest.raises(InvalidInput, match="namespace"):

@@ -68,13 +68,13 @@ def test_a_turn_that_fails_is_an_exit_code(shared: Cli, session: str) -> None:
 
 
 def test_interrupting_send_leaves_the_turn_alone(shared: Cli, session: str) -> None:
-    sending = shared.start("send", session, "count 12 100", "--id", "t1")
+    sending = shared.start("send", session, "count 30 100", "--id", "t1")
     sending.until("w2 ")
     sending.signal(signal.SIGINT)
     result = sending.wait()
     assert result.code == 130
     assert f"agentrun cancel {session} t1" in result.err
-    assert shared.result(session, "t1").text.split()[-1] == "w11"
+    assert shared.result(session, "t1").text.split()[-1] == "w29"
 
 
 # ------------------------------------------------------------------------------------------------------- tail
@@ -232,14 +232,14 @@ def test_delete_wants_to_be_sure(shared: Cli, session: str) -> None:
 
 def test_sigterm_hands_the_turn_over_uncharged(cli: Cli, session: str) -> None:
     first = cli.worker("first", "--drain", "0.5")
-    sending = cli.start("send", session, "count 60 50", "--id", "t1")
+    sending = cli.start("send", session, "count 160 50", "--id", "t1")
     sending.until("w5 ")
     cli.worker("second", "--max-attempts", "1")
     first.signal(signal.SIGTERM)
     assert first.wait().code == 0
     result = sending.wait()
     assert result.code == 0, result
-    assert result.out.split() == [f"w{i}" for i in range(60)]
+    assert result.out.split() == [f"w{i}" for i in range(160)]
     assert "second goes on (attempt 2)" in result.err
     types = [event.type for event in cli.log(session)]
     assert types.count("turn.released") == 1

@@ -211,8 +211,8 @@ async def test_killed_and_started_again_an_event_source_misses_nothing(working: 
 
 async def test_two_gateways_serve_one_session(working: Cli) -> None:
     async with gateway(working) as one, gateway(working) as two:
-        sent = await one.send("s", "count 100 10", id="t-1")
-        assert await two.send("s", "count 100 10", id="t-1") == sent
+        sent = await one.send("s", "count 1000 10", id="t-1")
+        assert await two.send("s", "count 1000 10", id="t-1") == sent
         found: dict[int, list[dict[str, Any]]] = {}
 
         async def read(served: Served) -> None:

@@ -105,13 +105,13 @@ def test_p3_one_terminal_event_per_turn(cli: Cli, session: str) -> None:
 
 def test_p4_no_zombie_writes(cli: Cli, session: str) -> None:
     zombie = cli.worker("zombie")
-    cli.send(session, "count 60 40", "t1")
+    cli.send(session, "count 100 40", "t1")
     cli.events_until(session, "text.delta", 5)
     zombie.signal(signal.SIGSTOP)
     cli.worker("second")
     cli.events_until(session, "turn.started", 2)
     zombie.signal(signal.SIGCONT)
-    assert cli.result(session, "t1").text.split() == words(60)
+    assert cli.result(session, "t1").text.split() == words(100)
     events = cli.log(session)
     attempts = [e.data.attempt for e in events if isinstance(e.data, (TurnStarted, TextDelta, *TERMINAL))]
     assert attempts == sorted(attempts), "an attempt wrote after the next one had begun"
@@ -175,14 +175,14 @@ def test_p6_sending_is_idempotent_and_atomic(shared: Cli, session: str) -> None:
 
 def test_p7_a_workers_death_costs_seconds_not_the_answer(cli: Cli, session: str) -> None:
     first = cli.worker("first")
-    sending = cli.start("send", session, "count 100 50", "--id", "t1")
+    sending = cli.start("send", session, "count 200 50", "--id", "t1")
     sending.until("w10 ")
     cli.worker("second")
     died = time.time()
     first.signal(signal.SIGKILL)
     result = sending.wait()
     assert result.code == 0, result
-    assert result.out.split() == words(100)
+    assert result.out.split() == words(200)
     assert "worker first died; second goes on (attempt 2)" in result.err
     goes_on = next(e for e in cli.log(session) if isinstance(e.data, TurnStarted) and e.data.attempt == 2)
     assert goes_on.time - died < TAKEOVER

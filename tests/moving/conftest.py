@@ -15,8 +15,8 @@ def named(request: pytest.FixtureRequest) -> Named:
     """The environments of a broker by its name; a server is started only where one is asked for."""
 
     def find(name: str) -> Environments:
-        if name == "nats":
-            return request.getfixturevalue("nats_environments")
+        if name in ("nats", "valkey"):
+            return request.getfixturevalue(f"{name}_environments")
         return {"memory": memory_environments, "sqlite": sqlite_environments}[name]
 
     return find

@@ -35,7 +35,9 @@ async def talk(ctx: Context) -> AsyncIterator[str]:
         yield f"<{ctx.text}>"
 
 
-@pytest.fixture(params=[("memory", "sqlite"), ("sqlite", "nats"), ("nats", "memory")], ids="-to-".join)
+@pytest.fixture(
+    params=[("memory", "sqlite"), ("sqlite", "nats"), ("nats", "valkey"), ("valkey", "memory")], ids="-to-".join
+)
 async def fleets(named: Named, request: pytest.FixtureRequest) -> AsyncGenerator[tuple[Fleet, Fleet]]:
     source, target = request.param
     async with two_fleets(named(source), named(target)) as both:

@@ -28,7 +28,7 @@ from agentrun.testing.contract_players import (
 from tests.moving.conftest import Named
 from tests.moving.places import exported, imported, stream, two_places
 
-WAYS = [("memory", "sqlite"), ("sqlite", "nats"), ("nats", "memory"), ("nats", "nats")]
+WAYS = [("memory", "sqlite"), ("sqlite", "nats"), ("nats", "valkey"), ("valkey", "memory")]
 JUNK = bytes(range(256)) + b"\r\n"
 
 
@@ -108,7 +108,7 @@ async def test_it_goes_on_wherever_it_was_broken_off(named: Named, source: str, 
 
 
 async def test_deltas_that_expired_in_a_half_import_are_not_missed(named: Named) -> None:
-    for target in ("memory", "sqlite", "nats"):
+    for target in ("memory", "sqlite", "nats", "valkey"):
         places = two_places(named("memory"), named(target), Settings(delta_ttl=1.0))
         async with places as (one, other), connections(one, 1) as (here,), connections(other, 1) as (there,):
             await send(here, "s")
@@ -147,7 +147,7 @@ async def test_a_later_export_goes_on_and_an_earlier_one_is_no_end(named: Named)
         assert shown(await everything(there, "s")) == shown(await everything(here, "s"))
 
 
-@pytest.mark.parametrize("target", ["memory", "sqlite", "nats"])
+@pytest.mark.parametrize("target", ["memory", "sqlite", "nats", "valkey"])
 async def test_another_session_of_that_name_is_left_alone(named: Named, target: str) -> None:
     places = two_places(named("memory"), named(target))
     async with places as (one, other), connections(one, 1) as (here,), connections(other, 1) as (there,):
@@ -189,7 +189,7 @@ async def test_what_differs_in_the_middle_or_was_trimmed_is_seen(named: Named) -
             assert (moved.refused is not None) is kept, number
 
 
-@pytest.mark.parametrize("target", ["memory", "sqlite", "nats"])
+@pytest.mark.parametrize("target", ["memory", "sqlite", "nats", "valkey"])
 async def test_who_writes_into_an_import_is_noticed(named: Named, target: str) -> None:
     places = two_places(named("memory"), named(target))
     async with places as (one, other), connections(one, 1) as (here,), connections(other, 1) as (there,):
@@ -239,7 +239,7 @@ def started(turn: str, worker: str) -> bytes:
     return wire.encode(wire.TurnStarted(turn=turn, attempt=1, worker=worker, lease="l"))
 
 
-@pytest.mark.parametrize("source", ["memory", "sqlite", "nats"])
+@pytest.mark.parametrize("source", ["memory", "sqlite", "nats", "valkey"])
 async def test_what_is_run_is_refused_or_taken_from_its_worker(named: Named, source: str) -> None:
     places = two_places(named(source), named("sqlite"), Settings(delta_ttl=1.0, lease_ttl=5.0))
     async with places as (one, other), connections(one, 2) as (here, worker), connections(other, 1) as (there,):
@@ -301,7 +301,7 @@ async def test_a_half_imported_session_is_not_exported(named: Named) -> None:
 
 async def test_all_are_those_with_inputs_and_our_own(named: Named) -> None:
     assert REVOKED in RESERVED
-    for source in ("memory", "sqlite", "nats"):
+    for source in ("memory", "sqlite", "nats", "valkey"):
         async with named(source)(Settings()) as environment, connections(environment, 1) as (broker,):
             assert await all_sessions(broker) == []
             for name in ("b", "a", RESERVED[1], "c"):

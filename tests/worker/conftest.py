@@ -7,11 +7,24 @@ import pytest
 from agentrun.testing import Environments, Settings, memory_environments
 from tests.worker.fleet import LEASE, Fleet, fleet_on
 
+VALKEY = ("test_bad_inputs", "test_clock", "test_outage", "test_peers", "test_storm", "test_takeover")
+"""Where the broker may show: on Valkey, the other tests would only take their time once more."""
 
-@pytest.fixture(params=["memory", "nats"])
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Each test of a worker runs on the broker in memory and on NATS, some on Valkey as well."""
+    if "environments" in metafunc.fixturenames:
+        module = metafunc.module.__name__.rpartition(".")[2]
+        brokers = ["memory", "nats", "valkey"] if module in VALKEY else ["memory", "nats"]
+        metafunc.parametrize("environments", brokers, indirect=True)
+
+
+@pytest.fixture
 def environments(request: pytest.FixtureRequest) -> Environments:
-    """Each test of a worker runs on both brokers."""
-    return memory_environments if request.param == "memory" else request.getfixturevalue("nats_environments")
+    """Empty environments of the test's broker."""
+    if request.param == "memory":
+        return memory_environments
+    return request.getfixturevalue(f"{request.param}_environments")
 
 
 @pytest.fixture
