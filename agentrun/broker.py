@@ -12,7 +12,7 @@ Log
       else `Conflict`, and nothing is stored. An end that deltas came after is past also when they have expired since.
       It is durable when it returns (if ``capabilities.durable``).
   L2  *Dense offsets.* The record gets the offset ``after.next``: 1, 2, 3 … The only jumps there ever are follow a
-      `Tail` with ``lost`` > 0.
+      `Tail` with ``lost`` > 0: that of the session's end or, from who restores a log that has holes, a higher one.
   L3  *Unknown outcomes resolve inside.* A lost answer to an append is settled by the broker before it returns: never
       a record twice, never a `Conflict` over our own record. `Unavailable` after ``timeout`` means: not known.
   L4  *Inputs are idempotent.* An append with a ``dedupe`` key that the session stored within
@@ -356,7 +356,8 @@ class SessionLog(Protocol):
             session: The session's id.
             body: The record, at most ``capabilities.max_body`` bytes.
             kind: What it is; TURN needs ``agent``.
-            after: The session's end as the caller knows it.
+            after: The session's end as the caller knows it. With a higher ``lost`` the offsets below ``after.next`` are
+                skipped: for who restores a log (see `agentrun.moving`).
             pending: The unsettled inputs once this record is stored.
             agent: For whom a TURN is queued.
             dedupe: Under what key an input is stored only once.

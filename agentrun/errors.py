@@ -19,6 +19,7 @@
         - NotWaiting         the question is not open: unknown, answered, or its turn ended
         - SessionGone        the session was deleted under the caller
           + RecordsLost      the broker lost records of it that it had acknowledged
+      + SessionExists        an import met other records under the session's name
       + TurnFailed           raised by Turn.result() for a turn that did not complete
       + InvalidInput         an argument, id or record that cannot be used
         - IdTaken            the id names another request already
@@ -53,6 +54,7 @@ __all__ = [
     "Retry",
     "SessionBusy",
     "SessionError",
+    "SessionExists",
     "SessionGone",
     "TooLarge",
     "TurnFailed",
@@ -170,6 +172,10 @@ class RecordsLost(SessionGone):
         )
         self.after = after
         self.end = end
+
+
+class SessionExists(AgentrunError):
+    """A session that is to be imported has records here that are not those of the export."""
 
 
 class TurnFailed(AgentrunError):

@@ -218,7 +218,8 @@ class MemoryState:
         end = session.end
         self._check_end(wanted, end)
         self._sequence += 1
-        record = Record(end.next, wanted.kind, wanted.body, self.clock(), self._sequence, wanted.pending, wanted.agent)
+        offset = wanted.after.next
+        record = Record(offset, wanted.kind, wanted.body, self.clock(), self._sequence, wanted.pending, wanted.agent)
         session.store(record)
         if wanted.dedupe is not None:
             session.keys[wanted.dedupe] = (record.offset, record.time)
@@ -231,7 +232,7 @@ class MemoryState:
 
     def _check_end(self, wanted: Append, end: Tail) -> None:
         # The offset alone does not do: deltas may have come after it and expired since.
-        if (wanted.after.offset, wanted.after.next) != (end.offset, end.next):
+        if wanted.after.offset != end.offset or wanted.after.next < end.next:
             raise Conflict(f"session {wanted.session} ends at {end.offset}, not at {wanted.after.offset}", end)
 
     def _check_key(self, session: StoredSession, key: str | None) -> None:

@@ -85,11 +85,11 @@ class Append(NamedTuple):
         if first and self.dedupe is not None:
             raise Duplicate(self.dedupe, first[0])
         # The offset alone does not do: deltas may have come after it and expired since.
-        if (self.after.offset, self.after.next) != (end.offset, end.next):
+        if self.after.offset != end.offset or self.after.next < end.next:
             raise Conflict(f"session {self.session} ends at {end.offset}, not at {self.after.offset}", end)
         if life is None:
             life = db.execute("INSERT INTO session VALUES (NULL, ?, 0, '')", (self.session,)).lastrowid
-        offset, pending = end.next, str(self.pending)
+        offset, pending = self.after.next, str(self.pending)
         expires = None if self.expires is None else now + self.expires
         shown = (life, offset, self.kind, now, pending, self.agent)
         sql = "INSERT INTO record VALUES (NULL, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"

@@ -205,7 +205,7 @@ if dedupe ~= '' then
   end
 end
 
-if given ~= s.given or offset ~= s.offset or (cursor ~= '0' and cursor ~= s.time) then
+if tonumber(given) < tonumber(s.given) or offset ~= s.offset or (cursor ~= '0' and cursor ~= s.time) then
   local place = int(tonumber(given) + 1)
   local own = at(s.E, place) or at(s.D, place)
   if own then
@@ -219,7 +219,7 @@ end
 
 local t = now()
 t = math.max(t, tonumber(s.last) + 1, tonumber(s.deleted) + 1)
-local o, time = int(tonumber(s.given) + 1), int(t)
+local o, time = int(tonumber(given) + 1), int(t)
 local header = table.concat(
   {o, kind, time, s.kept, writer, pending == '' and '-' or pending, agent}, ' ')
 local record = header .. '\\n' .. body

@@ -26,6 +26,8 @@ _COMMANDS = {
     "cancel": ("agentrun.cli.talk:cancel", "Stop a turn, or all of a session, and print the receipt."),
     "answer": ("agentrun.cli.talk:answer", "Answer a question that a turn asked."),
     "delete": ("agentrun.cli.read:delete", "Remove a session with all its records."),
+    "export": ("agentrun.cli.moving:export", "Write sessions to stdout, to import them at another broker."),
+    "import": ("agentrun.cli.moving:import_", "Store the sessions that `export` wrote."),
     "sessions": ("agentrun.cli.admin:sessions", "List the sessions, newest first."),
     "status": ("agentrun.cli.admin:status", "Show queues, workers and running turns."),
     "dead": ("agentrun.cli.dead:dead", "List turns that gave up; send them again, or drop them."),

@@ -8,7 +8,18 @@ from msgspec import structs
 from agentrun.broker import Broker, Kind, Pending, Tail
 from agentrun.errors import Conflict, Duplicate, Fenced, TooLarge
 from agentrun.testing.contract_base import Check, Environment, Settings, check, expect
-from agentrun.testing.contract_players import Owner, connections, everything, must_take, offsets, own, send, until
+from agentrun.testing.contract_players import (
+    AGENT,
+    Owner,
+    connections,
+    everything,
+    gather_through,
+    must_take,
+    offsets,
+    own,
+    send,
+    until,
+)
 
 CHECKS: list[Check] = []
 
@@ -138,6 +149,44 @@ async def sessions_count_for_themselves(env: Environment) -> None:
             await send(broker, session, kind=Kind.CANCEL)
         ends = [(await broker.log.last(s)).offset for s in ("s", "s1", "S", "s2")]
         expect(ends == [3, 1, 1, 0], f"each session counts for itself: {ends}")
+
+
+@check(CHECKS, "L2")
+async def offsets_are_skipped_on_purpose(env: Environment) -> None:
+    """Who restores a log that has holes appends after an end whose ``lost`` is higher; it is dense again from there."""
+    async with connections(env, 2) as (one, two):
+        empty = await one.log.last("s")
+        tail = await send_after(one, structs.replace(empty, lost=4), Kind.CANCEL)
+        expect(tail.offset == 5, f"four offsets were to be skipped, the record is at {tail.offset}")
+        expect(_same(await two.log.last("s"), tail), "the end must be that record's, with nothing lost behind it")
+        holed = structs.replace(tail, lost=2)
+        tail = await send_after(one, holed, Kind.TURN)
+        expect(tail.offset == 8, f"two more were to be skipped, the record is at {tail.offset}")
+        for old in (empty, structs.replace(empty, lost=9), holed):
+            try:
+                await send_after(two, old, Kind.CANCEL)
+            except Conflict:
+                pass
+            else:
+                expect(False, f"an append after {old.offset} is late, however much it skips")
+        owner = await own(two, "s", 8)
+        await owner.deltas(2)
+        await owner.finish()
+        left = [5, 8, 9, 10, 11, 12]
+        for deltas in (True, False):
+            wanted = [o for o in left if deltas or o not in (10, 11)]
+            found = offsets(await everything(one, "s", deltas=deltas))
+            expect(found == wanted, f"offsets must be {wanted}: {found}")
+            async with two.log.follow("s", after=6, deltas=deltas) as records:
+                found = offsets(await gather_through(records, 12))
+            expect(found == [o for o in wanted if o > 6], f"a follow must give what is behind its offset: {found}")
+
+
+async def send_after(broker: Broker, after: Tail, kind: Kind) -> Tail:
+    """Append an input of session s after this end."""
+    turn = kind is Kind.TURN
+    pending = after.pending.add(after.next) if turn else after.pending
+    return await broker.log.append("s", b"x", kind=kind, after=after, pending=pending, agent=AGENT if turn else None)
 
 
 @check(CHECKS, "L3", Settings(faults=True))

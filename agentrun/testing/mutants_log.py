@@ -12,7 +12,7 @@ from msgspec import structs
 
 from agentrun.broker import Kind, Record, Tail
 from agentrun.brokers.memory_state import Append, MemoryState, StoredSession
-from agentrun.errors import Duplicate
+from agentrun.errors import Conflict, Duplicate
 from agentrun.testing.environments import LossyLog
 from agentrun.testing.mutants_base import Mutant, Parts, mutant
 
@@ -47,6 +47,29 @@ class LeavesGaps(Parts):
             if tail.offset % 7 == 0:
                 self.session(wanted.session).given += 1
             return self.session(wanted.session).end
+
+
+@mutant(MUTANTS, "L2_offsets_are_skipped_on_purpose")
+class SkipsNothing(Parts):
+    """Counts for itself, whatever an append says is lost."""
+
+    class State(MemoryState):
+        def append(self, wanted: Append, token: object) -> Tail:
+            end = self.session(wanted.session).end
+            if wanted.after.offset == end.offset:
+                wanted = wanted._replace(after=structs.replace(wanted.after, lost=min(wanted.after.lost, end.lost)))
+            return super().append(wanted, token)
+
+
+@mutant(MUTANTS, "L2_offsets_are_skipped_on_purpose")
+class LetsNobodySkip(Parts):
+    """Takes an end with more lost than there is for another end."""
+
+    class State(MemoryState):
+        def _check_end(self, wanted: Append, end: Tail) -> None:
+            super()._check_end(wanted, end)
+            if wanted.after.next != end.next:
+                raise Conflict(f"session {wanted.session} goes on at {end.next}, not at {wanted.after.next}", end)
 
 
 @mutant(MUTANTS, "L3_lost_ack_stores_once")

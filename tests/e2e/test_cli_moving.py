@@ -1,0 +1,93 @@
+"""`agentrun export` and `import`: a namespace moves from a server into a file, and back."""
+
+from __future__ import annotations
+
+import json
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from agentrun.brokers.server import NatsServer
+from tests.e2e.processes import Cli, new_cli
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Iterator[Cli]:
+    """A broker in a file."""
+    cli = Cli(f"sqlite:///{tmp_path}/dev.db", "default")
+    cli.run("setup")
+    try:
+        yield cli
+    finally:
+        cli.end()
+
+
+def test_a_namespace_moves_into_a_file_and_back(cli: Cli, file: Cli, server: NatsServer) -> None:
+    worker = cli.worker("w", "--ask-hold", "0.1")
+    cli.run("send", "a", "hello you", "--id", "t1")
+    cli.send("b", "approve 3 1", "t2")
+    cli.events_until("b", "turn.suspended")
+    worker.signal(signal.SIGTERM)
+    worker.wait()
+    cli.send("c", "hello later", "t3")
+
+    export = cli.run("export", "--all")
+    assert export.err.startswith("3 sessions, ")
+    assert file.run("import", stdin=export.out).out == f"{export.err.split()[0]} sessions, " + (
+        f"{len(export.out.splitlines()) - 3} records imported, 0 were there\n"
+    )
+    assert cli.log("a")[-1].offset == file.log("a")[-1].offset
+    again = file.run("import", "--json", stdin=export.out).json
+    assert again == {"sessions": 3, "records": 0, "known": len(export.out.splitlines()) - 3, "refused": 0}
+
+    file.worker("f")
+    assert file.result("c", "t3").text == "hello later"
+    file.run("answer", "b", "t2", "yes")
+    assert file.result("b", "t2").text.split()[-1] == "w2"
+    assert file.run("history", "a").out == cli.run("history", "a").out
+    assert file.run("send", "a", "and on", "--id", "t4").out.strip() == "and on"
+
+    back = new_cli(server)
+    try:
+        moved = back.run("import", "--json", stdin=file.run("export", "a", "b", "c").out).json
+        assert (moved["sessions"], moved["known"], moved["refused"]) == (3, 0, 0)
+        for name in ("a", "b", "c"):
+            assert [(e.offset, e.raw) for e in back.log(name)] == [(e.offset, e.raw) for e in file.log(name)]
+    finally:
+        back.end()
+
+
+def test_what_runs_stays_unless_forced(cli: Cli, file: Cli) -> None:
+    worker = cli.worker("w")
+    cli.run("send", "idle", "hello")
+    cli.send("s", "count 1000 20", "t1")
+    cli.events_until("s", "text.delta", 3)
+    refused = cli.run("export", "--all", code=1)
+    assert "a worker runs a turn of session s" in refused.err
+    assert "SIGTERM" in refused.err
+    assert {json.loads(line).get("session") for line in refused.out.splitlines()} == {"idle", None}
+    worker.signal(signal.SIGKILL)
+    worker.wait()
+    export = cli.run("export", "--all", "--force")
+    assert file.run("import", stdin=export.out).out.startswith("2 sessions, ")
+    assert file.log("s")[-1].type == "turn.lost"
+    file.worker("f")
+    file.events_until("s", "turn.started", 2)
+    assert file.run("cancel", "s", "t1").out.startswith("cancelled")
+
+
+def test_what_cannot_be_done_is_a_line(cli: Cli, file: Cli) -> None:
+    assert "--all" in cli.run("export", code=2).err
+    assert "--all" in cli.run("export", "s", "--all", code=2).err
+    assert "session no has no records" in cli.run("export", "no", code=1).err
+    cut = '{"line":"session","session":"s","end":2,"time":1.0}\n'
+    bad = file.run("import", stdin=cut, code=1).err
+    assert bad.startswith("agentrun: line 2: session s ends at offset 2, and its lines at 0")
+    assert "line 1: a session's header or a record is expected" in file.run("import", stdin="hello\n", code=1).err
+    cli.send("s", "hello", "t1")
+    file.send("s", "other", "t1")
+    refused = file.run("import", stdin=cli.run("export", "s").out, code=1)
+    assert refused.out == "0 sessions, 0 records imported, 0 were there\n"
+    assert "session s is there already" in refused.err
