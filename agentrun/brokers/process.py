@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from abc import ABC, abstractmethod
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -34,7 +35,7 @@ kill -KILL "$1" 2>/dev/null
 """
 
 
-class ServerProcess:
+class ServerProcess(ABC):
     """One server on 127.0.0.1, that ends with this process.
 
     An async context manager; `start` and `stop` do the same for code that is not async.
@@ -53,17 +54,17 @@ class ServerProcess:
         self._process: subprocess.Popen[bytes] | None = None
         self._watch: subprocess.Popen[bytes] | None = None
 
+    @abstractmethod
     def command(self, run: Path, data: Path) -> list[str]:
         """The command that starts the server; ``run`` is a directory of its own, ``data`` is for its data."""
-        raise NotImplementedError
 
+    @abstractmethod
     def ready(self, run: Path) -> bool:
         """Whether the server that was started answers now. Sets ``_port`` if it was 0.
 
         Raises:
             Misconfigured: What answers is another server.
         """
-        raise NotImplementedError
 
     @property
     def port(self) -> int:

@@ -11,6 +11,7 @@ import asyncio
 import logging
 import random
 import ssl
+from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
@@ -102,7 +103,7 @@ class LinkOptions(Struct, frozen=True, kw_only=True):
         return connection
 
 
-class Wire:
+class Wire(ABC):
     """One connection that comes back by itself: what `Link` and the subscriptions have in common.
 
     Args:
@@ -242,21 +243,21 @@ class Wire:
 
     # ------------------------------------------------------------------------------- what the two do differently
 
-    def _on_connected(self) -> None:
-        raise NotImplementedError
+    @abstractmethod
+    def _on_connected(self) -> None: ...
 
-    def _on_lost(self) -> None:
-        raise NotImplementedError
+    @abstractmethod
+    def _on_lost(self) -> None: ...
 
-    def _on_reply(self, reply: _Reply) -> None:
-        raise NotImplementedError
+    @abstractmethod
+    def _on_reply(self, reply: _Reply) -> None: ...
 
+    @abstractmethod
     def _owed_since(self) -> float | None:
         """Since when the server owes an answer."""
-        raise NotImplementedError
 
-    def _ping(self) -> None:
-        raise NotImplementedError
+    @abstractmethod
+    def _ping(self) -> None: ...
 
 
 class Link(Wire):
