@@ -147,6 +147,10 @@ def _joined(items: Sequence[Item]) -> bytes:
     return b",".join([item.json for item in items])
 
 
+def _closing() -> Problem:
+    return Problem(503, "closing", "the gateway is shutting down or too busy: ask again")
+
+
 async def _gather(reading: Reading, wait: float) -> tuple[list[Item], bool]:
     """Return what is stored, or the first that comes within ``wait`` seconds, and whether that is all there is."""
     found: list[Item] = []
@@ -162,7 +166,7 @@ async def _gather(reading: Reading, wait: float) -> tuple[list[Item], bool]:
                 raise Problem(
                     401, "invalid_token", "the token has expired or been revoked", headers=challenge
                 ) from None
-            raise Problem(503, "closing", "the gateway is shutting down or too busy: ask again") from None
+            raise _closing() from None
         if not items:
             return found, True
         found += items
@@ -246,6 +250,10 @@ def _begins_by(item: Item, end: int) -> bool:
 
 
 async def _sse(gateway: Gateway, session: str, principal: Principal, after: int, cursor: _Cursor) -> Stream:
+    if gateway.hub.closing:
+        # A stream that ends as soon as it begins is worse than none: the protocol's client leaves off, without a word,
+        # after three that were shorter than a second.
+        raise _closing()
     settings = gateway.settings
     opened = AsyncExitStack()
     reading = await opened.enter_async_context(gateway.read(principal, session, after=after))

@@ -328,6 +328,10 @@ async def test_a_gateway_that_ends_ends_what_waits(site: Site) -> None:
         assert not statuses
         served.gateway.drain()
     assert sorted(statuses) == [200, 503]
+    for live in ("long-poll", "sse"):
+        # To the protocol's client three streams that end at once are the end of the session.
+        response = await served.http.get(EVENTS, params={"offset": "-1", "live": live})
+        assert (response.status_code, response.headers["retry-after"]) == (503, "1")
 
 
 async def test_a_deleted_session_ends_its_stream_and_is_gone_at_that_offset(served: Served, site: Site) -> None:
