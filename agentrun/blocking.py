@@ -24,6 +24,7 @@ from anyio.from_thread import BlockingPortal, start_blocking_portal
 from agentrun import client as aio
 from agentrun.client import DeadTurn, Event, Receipt, Result
 from agentrun.settings import ClientSettings
+from agentrun.telemetry import Telemetry
 
 __all__ = ["Client", "DeadTurn", "Event", "Receipt", "Result", "Session", "Steer", "Turn", "connect"]
 
@@ -196,11 +197,16 @@ class Client(_Handle[aio.Client]):
 
 @contextmanager
 def connect(
-    url: str, *, namespace: str = "default", agent: str | None = None, settings: ClientSettings | None = None
+    url: str,
+    *,
+    namespace: str = "default",
+    agent: str | None = None,
+    settings: ClientSettings | None = None,
+    telemetry: Telemetry | None = None,
 ) -> Generator[Client]:
     """Connect to a broker and give a blocking `Client`; see `agentrun.connect`."""
     with start_blocking_portal() as portal:
-        connected = aio.connect(url, namespace=namespace, agent=agent, settings=settings)
+        connected = aio.connect(url, namespace=namespace, agent=agent, settings=settings, telemetry=telemetry)
         with portal.wrap_async_context_manager(connected) as client:
             loop = _Loop(portal)
             try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+from collections.abc import Callable, Mapping
 
 import anyio
 from msgspec import Struct
@@ -38,6 +39,8 @@ class Stop(Struct, frozen=True):
     cause: Cause
     by: str | None = None
     reason: str | None = None
+    trace: Mapping[str, str] = {}
+    """Trace context of who stops it."""
 
 
 class StopSwitch:
@@ -51,6 +54,7 @@ class StopSwitch:
         self.scope = anyio.CancelScope()
         self.stop: Stop | None = None
         self.changed = anyio.Event()
+        self.on_pull: Callable[[Stop], None] | None = None
 
     def pull(self, stop: Stop) -> None:
         """Stop the agent; of several causes the highest counts, of equal ones the first."""
@@ -58,3 +62,5 @@ class StopSwitch:
             self.stop = stop
         self.scope.cancel()
         self.changed.set()
+        if self.on_pull is not None:
+            self.on_pull(stop)

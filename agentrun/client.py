@@ -32,6 +32,9 @@ from agentrun.history import History, TurnView
 from agentrun.inputs import Receipt
 from agentrun.reading import Event
 from agentrun.settings import ClientSettings
+from agentrun.telemetry import Telemetry, default
+from agentrun.telemetry.names import Attr
+from agentrun.telemetry.sending import answering, sending, stopping
 from agentrun.wire import Message, OnBusy, Usage, check_id
 
 __all__ = ["Client", "DeadTurn", "Event", "Receipt", "Result", "Session", "Steer", "Turn", "connect"]
@@ -55,7 +58,12 @@ class Result(Struct, frozen=True):
 
 @asynccontextmanager
 async def connect(
-    url: str, *, namespace: str = "default", agent: str | None = None, settings: ClientSettings | None = None
+    url: str,
+    *,
+    namespace: str = "default",
+    agent: str | None = None,
+    settings: ClientSettings | None = None,
+    telemetry: Telemetry | None = None,
 ) -> AsyncGenerator[Client]:
     """Connect to a broker (``nats://host:4222``, ``memory://name``, ``sqlite:///dev.db``) and give a `Client`.
 
@@ -64,6 +72,7 @@ async def connect(
         namespace: Which of the broker's agentrun installations; sessions of two namespaces never meet.
         agent: To whom turns go whose sender names no agent.
         settings: Times and limits.
+        telemetry: Where it is told what this client does; default is what is set for the process.
 
     Raises:
         InvalidInput: The URL names no broker known here.
@@ -73,7 +82,7 @@ async def connect(
     from agentrun import brokers  # what a broker needs is imported only by those who connect to it
 
     async with brokers.connect(url, namespace=namespace) as broker:
-        yield Client(broker, agent=agent, settings=settings)
+        yield Client(broker, agent=agent, settings=settings, telemetry=telemetry)
 
 
 class Client:
@@ -83,10 +92,19 @@ class Client:
         broker: A connected broker; closing it is up to whoever opened it.
         agent: To whom turns go whose sender names no agent.
         settings: Times and limits.
+        telemetry: Where it is told what this client does; default is what is set for the process.
     """
 
-    def __init__(self, broker: Broker, *, agent: str | None = None, settings: ClientSettings | None = None) -> None:
+    def __init__(
+        self,
+        broker: Broker,
+        *,
+        agent: str | None = None,
+        settings: ClientSettings | None = None,
+        telemetry: Telemetry | None = None,
+    ) -> None:
         self.broker = broker
+        self.telemetry = telemetry or default()
         self.settings = settings or ClientSettings()
         self._agent = agent
 
@@ -176,6 +194,7 @@ class Session:
         self.agent = agent
         self._settings = client.settings
         self._broker = client.broker
+        self._telemetry = client.telemetry
 
     def __repr__(self) -> str:
         return f"Session({self.id!r})"
@@ -221,7 +240,7 @@ class Session:
                 one. An id the session does not know replaces nothing. What still runs goes on unless ``on_busy`` is
                 ``interrupt``; not with ``steer``.
             metadata: Anything the agent or a reader may want to know; JSON.
-            trace: Trace context, such as ``traceparent``.
+            trace: Trace context (``traceparent``, ``baggage``) of who sends it; default is that of the current span.
 
         Raises:
             InvalidInput: An argument cannot be used.
@@ -234,8 +253,15 @@ class Session:
         request = self._request(input, agent, id, on_busy, replaces)
         request.deadline = inputs.deadline_of(deadline, self._broker.now())
         request.user, request.device, request.parent = user, device, parent
-        request.metadata, request.trace = dict(metadata or {}), dict(trace or {})
-        return Turn(self, request.turn, await self._append(request, minted=id is None))
+        request.metadata = dict(metadata or {})
+        with sending(self._telemetry, self._system, self.id, request, trace or {}) as span:
+            offset = await self._append(request, minted=id is None)
+            span.set_attribute(Attr.OFFSET, offset)
+        return Turn(self, request.turn, offset)
+
+    @property
+    def _system(self) -> str:
+        return self._broker.capabilities.name
 
     def _request(
         self, input: Any, agent: str | None, id: str | None, on_busy: OnBusy, replaces: str | None
@@ -325,9 +351,17 @@ class Session:
         return await self._stop(wire.TurnCancel(all=True, by=by, reason=reason))
 
     async def _stop(self, event: wire.TurnCancel) -> Receipt:
-        settings = self._settings
-        stopping = inputs.Stopping(self._broker, self.id, event, live=settings.cancel_live, wait=settings.cancel_wait)
-        return await stopping.run()
+        with stopping(self._telemetry, self._system, self.id, event) as watch:
+            live, wait = self._settings.cancel_live, self._settings.cancel_wait
+            receipt = await inputs.Stopping(self._broker, self.id, event, live=live, wait=wait).run()
+            watch.receipt(receipt.status, receipt.offset, receipt.took)
+        return receipt
+
+    async def _answer(self, event: wire.TurnAnswer) -> int:
+        with answering(self._telemetry, self._system, self.id, event) as span:
+            offset = await inputs.answer(self._broker.log, self.id, event, timeout=self._settings.send_timeout)
+            span.set_attribute(Attr.OFFSET, offset)
+        return offset
 
     async def delete(self) -> None:
         """Remove every record of the session. A turn that runs is stopped as soon as its worker notices."""
@@ -429,8 +463,9 @@ class Turn:
             TurnNotFound: The session holds no such turn.
             Unavailable: No outcome within ``settings.send_timeout``. Answering again is safe.
         """
-        event = wire.TurnAnswer(turn=self.id, request=request, value=value, user=user)
-        return await inputs.answer(self._broker.log, self.session.id, event, timeout=self._settings.send_timeout)
+        return await self.session._answer(  # pyright: ignore[reportPrivateUsage]
+            wire.TurnAnswer(turn=self.id, request=request, value=value, user=user)
+        )
 
     async def view(self) -> TurnView:
         """Return the turn as the log tells it, without what the tokens in flight add.

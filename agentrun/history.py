@@ -69,6 +69,10 @@ class TurnView:
     """The highest attempt started; 0 before the first."""
     worker: str | None = None
     """Who runs it, or ran it last."""
+    sent: float = 0.0
+    """When its request was stored, in seconds since the epoch by the broker's clock; 0 if that is not known."""
+    first_trace: dict[str, str] = field(default_factory=dict[str, str])
+    """Trace context of its first attempt, if that told of one."""
     last_out: int = 0
     """Offset of its last output record, 0 if it has none."""
     usage: wire.Usage | None = None
@@ -180,6 +184,8 @@ class TurnView:
         self._own = MessageBuilder(self._earlier if resumes else None)
         self._own_incomplete = self._earlier_incomplete and resumes
         self.state = "running"
+        if self.attempt == 0:
+            self.first_trace = event.trace
         self.attempt = event.attempt
         self.worker = event.worker
         self.error = self.suspended_until = self.retry_at = None
@@ -245,7 +251,7 @@ class History:
         other = History()
         other.offset = self.offset
         for v in self.open:
-            other._unended[v.id] = TurnView(v.id, v.offset, v.agent, v.request, replaced_by=v.replaced_by)
+            other._unended[v.id] = TurnView(v.id, v.offset, v.agent, v.request, sent=v.sent, replaced_by=v.replaced_by)
         fresh = other._unended
         other.turns = self.turns | fresh
         other._at = self._at | {view.offset: view for view in fresh.values()}
@@ -278,7 +284,7 @@ class History:
             case None | wire.Chunk():
                 return self.turns.get(event.turn) if isinstance(event, wire.Chunk) else None
             case wire.TurnRequested():
-                return self._requested(offset, whole)
+                return self._requested(offset, whole, time)
             case wire.TurnAnswer():
                 return self._answered(offset, whole)
             case wire.TurnCancel():
@@ -329,7 +335,7 @@ class History:
     def _said_by_user(self, *views: TurnView) -> list[ChatMessage]:
         return [m for v in views if v.request is not None for m in _apart(input_to_chat(v.request.input))]
 
-    def _requested(self, offset: int, event: wire.TurnRequested) -> TurnView:
+    def _requested(self, offset: int, event: wire.TurnRequested, time: float) -> TurnView:
         if known := self.turns.get(event.turn):
             return known
         if event.on_busy in ("interrupt", "rollback"):
@@ -338,7 +344,7 @@ class History:
                     view.interrupted_by = event.turn
                     view.rollback = event.on_busy == "rollback"
         self._replace(event)
-        view = TurnView(event.turn, offset, event.agent, event)
+        view = TurnView(event.turn, offset, event.agent, event, sent=time)
         self.turns[event.turn] = self._unended[event.turn] = self._at[offset] = view
         return view
 

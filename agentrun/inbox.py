@@ -95,9 +95,12 @@ class Inbox:
     def _act(self) -> None:
         view = self._view
         if view.stop is not None:
-            self._switch.pull(Stop(Cause.CANCEL, view.stop.by, view.stop.reason))
+            self._switch.pull(Stop(Cause.CANCEL, view.stop.by, view.stop.reason, view.stop.trace))
         elif view.interrupted_by is not None:
-            self._switch.pull(Stop(Cause.ROLLBACK if view.rollback else Cause.INTERRUPT, by=view.interrupted_by))
+            cause = Cause.ROLLBACK if view.rollback else Cause.INTERRUPT
+            later = self._history.turns[view.interrupted_by].request
+            trace = later.trace if later is not None else {}
+            self._switch.pull(Stop(cause, by=view.interrupted_by, trace=trace))
         self._cancel_waiting()
 
     def _cancel_waiting(self) -> None:
@@ -136,7 +139,7 @@ class Inbox:
 
     async def _stop_running(self, event: wire.TurnCancel) -> bytes | None:
         late = self._over.is_set()
-        self._switch.pull(Stop(Cause.CANCEL, event.by, event.reason))
+        self._switch.pull(Stop(Cause.CANCEL, event.by, event.reason, event.trace))
         await self._over.wait()
         if self._ended_as is None:
             return None

@@ -125,6 +125,8 @@ class Publisher:
         self.builder = MessageBuilder(message)
         self.error: Fenced | None = None
         self.on_stored: Callable[[OutputEvent, int], None] | None = None
+        self.on_append: Callable[[int, int, int], None] | None = None
+        """Told of each record: its tokens, its bytes, its characters of text."""
         self._writer = writer
         self._turn = turn
         self._attempt = attempt
@@ -324,7 +326,11 @@ class Publisher:
         event, bodies = (slot.event, slot.bodies) if slot.event is not None else self._text_of(slot)
         for body in bodies[:-1]:
             await self._writer.append(body, Kind.EVENT)
+            if self.on_append is not None:
+                self.on_append(0, len(body), 0)
         tail = await self._writer.append(bodies[-1], slot.kind, slot.change)
+        if self.on_append is not None:
+            self.on_append(slot.count if slot.text is not None else 0, len(bodies[-1]), slot.size)
         self._waiting -= slot.count
         self._stored = slot.number
         self.builder.apply(event)

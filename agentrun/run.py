@@ -26,6 +26,7 @@ from agentrun.peers import new_lease
 from agentrun.plan import settles, terminal_fields
 from agentrun.publish import Pacer, Publisher
 from agentrun.settings import WorkerSettings
+from agentrun.watching import Watcher, outcome_of, stopped
 from agentrun.writer import Change, SessionWriter
 
 log = logging.getLogger("agentrun.worker")
@@ -46,6 +47,7 @@ class Shared(Struct, frozen=True):
     settings: WorkerSettings
     pacer: Pacer
     dead: DeadLetters
+    watcher: Watcher
     agents: TaskGroup
     """Where agents run: one that ignores its stop outlives its turn, and is reported."""
 
@@ -114,6 +116,7 @@ class Attempt:
         self.started = 0.0
         self.on_ended: Callable[[Ended], None] | None = None
         """Told at once of the turn's end, since the session's next turn may begin at once."""
+        self._watch = shared.watcher.attempt(lease.session, turn, lease.record)
         self._writer: SessionWriter
         self._publisher: Publisher
         self._ctx: Context
@@ -153,20 +156,22 @@ class Attempt:
         """
         try:
             await self._claim()
-            outcome: Outcome = Lost()
-            async with anyio.create_task_group() as group:
-                group.start_soon(self._publish)
-                group.start_soon(self._watch, self._writer.tail)
-                group.start_soon(self._inbox.watch_deadlines)
-                await self._run_agent()
-                outcome = await self._conclude()
-                group.cancel_scope.cancel()
-            return outcome
+            with self._watch.current():
+                outcome: Outcome = Lost()
+                async with anyio.create_task_group() as group:
+                    group.start_soon(self._publish)
+                    group.start_soon(self._look, self._writer.tail)
+                    group.start_soon(self._inbox.watch_deadlines)
+                    await self._run_agent()
+                    outcome = await self._conclude()
+                    group.cancel_scope.cancel()
+                return outcome
         finally:
             # However it came to an end: nobody waits for it any more, and its agent does not go on.
             self._open = False
             self._inbox.over(None, 0)
             self._switch.scope.cancel()
+            self._watch.close()
 
     async def _claim(self) -> None:
         started = wire.TurnStarted(
@@ -176,6 +181,7 @@ class Attempt:
             lease=self._lease,
             resumes_from=self._view.last_out if self._resumes else None,
             message=self._partial,
+            trace=self._watch.fields,
         )
         # A message left by earlier attempts may be large; the claim itself is one record, so what is too large is
         # left out of it: it is still in the log for as long as its deltas are.
@@ -187,6 +193,8 @@ class Attempt:
         pending = after.pending.claim(self._carrier.offset)
         tail = await log.append(self._session, body, kind=Kind.EVENT, after=after, pending=pending)
         self.started = time.monotonic()
+        self._watch.claimed()
+        self._switch.on_pull = self._on_stop
         self._history.apply(tail.offset, started, time=self._shared.broker.now())
         self._writer = SessionWriter(log, self._session, tail, self._inbox.on_input)
         self._begin()
@@ -204,6 +212,8 @@ class Attempt:
             max_body=self._capabilities.max_body,
         )
         self._publisher.on_stored = self._on_stored
+        if self._watch.active:
+            self._publisher.on_append = self._watch.appended
         self._ctx = Context(
             self,
             session=self._session,
@@ -218,13 +228,17 @@ class Attempt:
 
     def _on_stored(self, event: wire.OutputEvent, offset: int) -> None:
         self._history.apply(offset, event, time=self._shared.broker.now())
+        self._shared.watcher.stored(self._session, self._history, event)
+
+    def _on_stop(self, stop: Stop) -> None:
+        self._watch.stopped(stopped(stop))
 
     async def _publish(self) -> None:
         await self._publisher.run()
         if self._publisher.error is not None:
             self.stop(Stop(Cause.FENCED))
 
-    async def _watch(self, tail: Tail) -> None:
+    async def _look(self, tail: Tail) -> None:
         """See inputs as they are stored, and a takeover even while the agent is silent."""
         after, cursor = tail.offset, tail.cursor
         while True:
@@ -269,7 +283,7 @@ class Attempt:
 
     async def _agent_task(self) -> None:
         try:
-            with self._switch.scope:
+            with self._switch.scope, self._watch.invoking(self._ctx.messages):
                 await self._guarded()
         except Exception as error:
             # Whatever an author's code raises ends the attempt, not the worker.
@@ -336,8 +350,12 @@ class Attempt:
                     break
         except Fenced as error:
             log.info("turn %s, attempt %d: %s", self.turn, self._number, error)
+            self._watch.ended("fenced")
             return Lost()
+        failed = event.error.code if isinstance(event, (wire.TurnFailed, wire.TurnRetrying)) else None
+        self._watch.ended(outcome_of(event), error=failed, said=self._message())
         if isinstance(event, wire.TERMINAL):
+            self._shared.watcher.turn_ended(self._session, self._view, event)
             self._inbox.over(event, tail.offset)
             self._leave(tail, pieces, last)
         return outcome
@@ -346,6 +364,7 @@ class Attempt:
         after = self._writer.tail.offset
         dead = entry_of(self._session, event, view=self._view, record=self._carrier, after=after)
         assert dead is not None
+        self._shared.watcher.dead(dead.agent)
         await self._shared.dead.report(dead)
 
     def _leave(self, tail: Tail, pieces: list[bytes], last: bytes) -> None:

@@ -40,6 +40,8 @@ class WorkerSettings(Struct, frozen=True, kw_only=True):
     """Time the event loop may be blocked before that is reported."""
     block_limit: float = 60.0
     """Time the event loop may be blocked before its leases are given up."""
+    trace_content: bool = False
+    """Whether traces hold what was asked and answered; without it they hold no word of it."""
 
 
 class ClientSettings(Struct, frozen=True, kw_only=True):

@@ -191,12 +191,14 @@ class TurnStarted(_Out, tag="turn.started", kw_only=True):
 
     ``message`` is what earlier attempts left. With ``resumes_from`` (the offset of the last record of theirs) this
     attempt goes on from it; without, its first output supersedes it. ``lease`` is unique for each taking of a lease.
+    ``trace`` is the attempt's own trace context, for those to come that refer to it.
     """
 
     worker: str
     lease: str
     resumes_from: int | None = None
     message: Message | None = None
+    trace: dict[str, str] = {}
 
 
 class TextDelta(_Out, tag="text.delta", kw_only=True):

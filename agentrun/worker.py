@@ -8,7 +8,9 @@ import platform
 import signal
 import time
 import uuid
+from collections import Counter
 from collections.abc import Sequence
+from contextlib import suppress
 from functools import partial
 
 import anyio
@@ -18,7 +20,7 @@ from msgspec import Struct
 
 from agentrun import wire
 from agentrun.agent import Agent
-from agentrun.broker import Broker, Hold, Kind, Lease, Record, Tail
+from agentrun.broker import Broker, BrokerAdmin, Hold, Kind, Lease, QueueStats, Record, Tail
 from agentrun.cancel import Cause, Stop
 from agentrun.dead import DeadLetters, entry_of
 from agentrun.errors import BrokerError, Conflict, InvalidInput, SessionGone, Unavailable
@@ -30,6 +32,11 @@ from agentrun.publish import Pacer
 from agentrun.recent import NOTHING, Known, Recent, goes_on, weight
 from agentrun.run import Attempt, Ended, HandedBack, Lost, Shared
 from agentrun.settings import WorkerSettings
+from agentrun.telemetry import Telemetry, default
+from agentrun.telemetry.broker import ObservedBroker
+from agentrun.telemetry.instruments import Levels
+from agentrun.telemetry.names import Attr
+from agentrun.watching import Watcher
 
 log = logging.getLogger("agentrun.worker")
 
@@ -39,6 +46,8 @@ WORKERS = "workers"
 _LEASERS = 8
 _PAGE = 10_000
 """Records read at a time."""
+_LOOK_UP = 15.0
+"""Seconds between two looks at how much waits, for metrics."""
 _LAST_APPENDS = 5.0
 """Seconds turns that are handed back get to say so in the log."""
 
@@ -84,6 +93,7 @@ class Worker:
         agents: The agents this worker runs; their names must differ.
         settings: Times and limits.
         name: Stands in the log as who ran an attempt; default is host, process id and a random part.
+        telemetry: Where it is told what this worker does; default is what is set for the process.
 
     Raises:
         InvalidInput: No agent, or two of one name.
@@ -96,10 +106,15 @@ class Worker:
         *,
         settings: WorkerSettings | None = None,
         name: str | None = None,
+        telemetry: Telemetry | None = None,
     ) -> None:
         self.settings = settings or WorkerSettings()
         self.name = name or f"{platform.node()}-{os.getpid()}-{uuid.uuid4().hex[:6]}"
-        self._broker = broker
+        self._telemetry = telemetry or default()
+        self._admin = broker if isinstance(broker, BrokerAdmin) else None
+        watched = self._telemetry.instruments.enabled
+        self._broker = ObservedBroker(broker, self._telemetry.instruments) if watched else broker
+        self._watcher = Watcher(self._telemetry, self._broker, self.name, self.settings.trace_content)
         self._agents = {a.name: a for a in agents}
         if not agents or len(self._agents) != len(agents):
             raise InvalidInput(f"a worker needs agents of different names, not {[a.name for a in agents]}")
@@ -110,6 +125,7 @@ class Worker:
         self._now = anyio.Event()
         self._idle = anyio.Event()
         self._busy = 0
+        self._in_hand = Counter[str]()
 
     @property
     def info(self) -> WorkerInfo:
@@ -185,11 +201,12 @@ class Worker:
                     self._broker.signals.listen(WORKERS, self._report),
                     anyio.create_task_group() as turns,
                 ):
+                    turns.start_soon(self._be_observed)
                     if self.settings.lost_after > 0:
                         turns.start_soon(self._peers(keeper).run)
                     dead = DeadLetters(self._broker.log)
                     turns.start_soon(dead.run)
-                    shared = Shared(self._broker, self.name, self.settings, pacer, dead, agents)
+                    shared = Shared(self._broker, self.name, self.settings, pacer, dead, self._watcher, agents)
                     for agent in self._agents.values():
                         turns.start_soon(self._lease_for, agent, shared, keeper, turns)
                     log.info("worker %s runs %s", self.name, ", ".join(self._agents))
@@ -198,6 +215,28 @@ class Worker:
                     await self._empty()
                     turns.cancel_scope.cancel()
             agents.cancel_scope.cancel()
+
+    async def _be_observed(self) -> None:
+        """Let the gauges be read, and look up the queues for them, while anybody collects."""
+        instruments = self._telemetry.instruments
+        if not instruments.enabled:
+            return
+        queues: list[QueueStats] = []
+        levels: dict[str, Levels] = {
+            "running": lambda: [(self._in_hand[name], {Attr.AGENT: name}) for name in self._agents],
+            "slots": lambda: [
+                (0 if self._drain.is_set() else self.settings.concurrency, {Attr.AGENT: name}) for name in self._agents
+            ],
+            "waiting": lambda: [(queue.waiting, {Attr.AGENT: queue.agent}) for queue in queues],
+            "leased": lambda: [(queue.leased, {Attr.AGENT: queue.agent}) for queue in queues],
+        }
+        with instruments.observing(levels):
+            while True:
+                if self._admin is not None:
+                    with suppress(BrokerError):
+                        found = await self._admin.stats()
+                        queues = [queue for queue in found if queue.agent in self._agents]
+                await anyio.sleep(_LOOK_UP)
 
     def _peers(self, keeper: Keeper) -> Peers:
         turns = self._broker.turns
@@ -278,9 +317,10 @@ class Worker:
                 slots.release()
                 continue
             self._busy += 1
-            turns.start_soon(self._handle, lease, shared, keeper, slots)
+            self._in_hand[agent.name] += 1
+            turns.start_soon(self._handle, lease, agent.name, shared, keeper, slots)
 
-    async def _handle(self, lease: Lease, shared: Shared, keeper: Keeper, slots: anyio.Semaphore) -> None:
+    async def _handle(self, lease: Lease, agent: str, shared: Shared, keeper: Keeper, slots: anyio.Semaphore) -> None:
         carrier = _Carrier(lease)
         try:
             await self._settle(carrier, shared)
@@ -296,6 +336,7 @@ class Worker:
             keeper.drop(carrier.lease)
             slots.release()
             self._busy -= 1
+            self._in_hand[agent] -= 1
             self._idle.set()
 
     async def _quietly(self, carrier: _Carrier, delay: float) -> None:
@@ -342,6 +383,7 @@ class Worker:
                         view = history.turns.get(event.turn)
                         dead = entry_of(lease.session, event, view=view, record=lease.record, after=tail.offset)
                         if dead is not None:
+                            self._watcher.dead(dead.agent)
                             await shared.dead.report(dead)
                         tail = await self._write(lease.session, event, settles, history, tail)
                     case Run() if self._drain.is_set():
@@ -390,6 +432,7 @@ class Worker:
             pending = tail.pending.settle(*settles) if body is bodies[-1] else tail.pending
             tail = await self._broker.log.append(session, body, kind=Kind.EVENT, after=tail, pending=pending)
             history.apply(tail.offset, wire.decode(body), time=self._broker.now())
+        self._watcher.stored(session, history, event)
         return tail
 
     async def _load(self, lease: Lease) -> tuple[History, Tail, int]:

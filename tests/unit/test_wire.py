@@ -76,8 +76,8 @@ GOLDEN: list[tuple[wire.KnownEvent, str]] = [
         '{"type":"turn.started","turn":"t","attempt":1,"worker":"w","lease":"l"}',
     ),
     (
-        wire.TurnStarted(turn="t", attempt=2, worker="w", lease="l", resumes_from=7, message=M),
-        '{"type":"turn.started","turn":"t","attempt":2,"worker":"w","lease":"l","resumes_from":7,"message":@M}',
+        wire.TurnStarted(turn="t", attempt=2, worker="w", lease="l", resumes_from=7, message=M, trace={"t": "x"}),
+        '{"type":"turn.started","turn":"t","attempt":2,"worker":"w","lease":"l","resumes_from":7,"message":@M,"trace":{"t":"x"}}',
     ),
     (wire.TextDelta(**TA, text="é\n"), '{"type":"text.delta","turn":"t","attempt":1,"text":"é\\n"}'),
     (

@@ -15,6 +15,7 @@ from agentrun.broker import Broker, Kind, Record, Tail
 from agentrun.client import Client, Session
 from agentrun.errors import Conflict
 from agentrun.settings import ClientSettings, WorkerSettings
+from agentrun.telemetry import Telemetry
 from agentrun.testing import Environment
 from agentrun.worker import Worker
 
@@ -46,10 +47,13 @@ class Running:
 class Fleet:
     """Everything that works on one broker in a test."""
 
-    def __init__(self, environment: Environment, broker: Broker, group: TaskGroup) -> None:
+    def __init__(
+        self, environment: Environment, broker: Broker, group: TaskGroup, telemetry: Telemetry | None = None
+    ) -> None:
         self.environment = environment
         self.broker = broker
-        self.client = Client(broker, settings=ClientSettings(cancel_live=1.0))
+        self.telemetry = telemetry
+        self.client = Client(broker, settings=ClientSettings(cancel_live=1.0), telemetry=telemetry)
         self.group = group
         self.sessions: set[str] = set()
 
@@ -71,7 +75,7 @@ class Fleet:
     ) -> None:
         async with self.environment.open() as broker:
             seen = wrap(broker) if wrap else broker
-            worker = Worker(seen, agents, settings=settings, name=name)
+            worker = Worker(seen, agents, settings=settings, name=name, telemetry=self.telemetry)
             running = Running(worker, seen)
             with running.scope:
                 async with anyio.create_task_group() as group:
@@ -178,9 +182,9 @@ def check_session(records: list[tuple[Record, wire.AnyEvent]], *, dense: bool = 
 
 
 @asynccontextmanager
-async def fleet_on(environment: Environment) -> AsyncGenerator[Fleet]:
+async def fleet_on(environment: Environment, telemetry: Telemetry | None = None) -> AsyncGenerator[Fleet]:
     async with environment.open() as broker, anyio.create_task_group() as group:
-        fleet = Fleet(environment, broker, group)
+        fleet = Fleet(environment, broker, group, telemetry)
         yield fleet
         group.cancel_scope.cancel()
     async with environment.open() as broker:

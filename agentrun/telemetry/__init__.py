@@ -1,0 +1,49 @@
+"""What is seen from outside: spans, metrics, and the context that travels with a turn.
+
+The library uses OpenTelemetry's API only: without a provider every call here does next to nothing. Where a process
+begins (`agentrun.cli`) or in a program of yours, a provider of the SDK is set, and everything is there.
+
+One tree for each turn::
+
+    your span → send → process (attempt 1) → invoke_agent → your agent's spans, litellm's …
+                     → process (attempt 2), linked to attempt 1 → invoke_agent → …
+
+The context travels in the events themselves (``trace``): no broker needs headers for it, and a turn that was suspended
+for a week still belongs to the trace of who sent it. So baggage can be read by all who may read the session.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.metadata
+
+from opentelemetry import metrics, trace
+
+from agentrun.telemetry.instruments import Instruments
+from agentrun.telemetry.names import SCOPE
+
+__all__ = ["Telemetry", "default"]
+
+
+class Telemetry:
+    """A tracer and a set of instruments.
+
+    Args:
+        tracer_provider: Where spans go; default is the provider that is set for the process.
+        meter_provider: Where metrics go; likewise.
+    """
+
+    def __init__(
+        self,
+        tracer_provider: trace.TracerProvider | None = None,
+        meter_provider: metrics.MeterProvider | None = None,
+    ) -> None:
+        version = importlib.metadata.version("agentrun")
+        self.tracer = trace.get_tracer(SCOPE, version, tracer_provider)
+        self.instruments = Instruments(meter_provider, version)
+
+
+@functools.cache
+def default() -> Telemetry:
+    """Return the one that uses the providers of the process, also those that are set later."""
+    return Telemetry()

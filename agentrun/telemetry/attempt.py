@@ -1,0 +1,267 @@
+"""What a worker is seen to do with a turn: ``process`` and ``invoke_agent`` spans, and what is counted on the way."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import msgspec
+from msgspec import Struct
+from opentelemetry import context, trace
+from opentelemetry.trace import Span, SpanKind, Status, StatusCode
+
+from agentrun import wire
+from agentrun.telemetry import Telemetry
+from agentrun.telemetry.context import at, carried, link_to, span_of
+from agentrun.telemetry.names import SAMPLE, Attr, Link, SpanEvent
+
+__all__ = ["Facts", "Stopped", "Watch", "model_known", "settled", "turn_ended"]
+
+_INVOCATION = context.create_key("agentrun-invocation")
+_FAILED = ("failed", "retrying", "fenced", "abandoned")
+"""Outcomes of an attempt that are errors."""
+
+
+class Facts(Struct, frozen=True, kw_only=True):
+    """What is known of an attempt when it begins.
+
+    Attributes:
+        system: The broker's name.
+        worker: Who runs it.
+        session: The session's id.
+        request: The turn's request.
+        attempt: Which attempt it is; 0 where the turn ends without one.
+        first: Trace fields of the first attempt, if this is another.
+        answers: Trace fields of the answers that woke the turn.
+        sent: When the request was stored, in seconds since the epoch by the broker's clock.
+        due: When the input that carries the turn was stored, if it can be claimed only once.
+        took_over: Whether the attempt before ended without a last word.
+    """
+
+    system: str
+    session: str
+    request: wire.TurnRequested
+    worker: str
+    attempt: int = 0
+    first: Mapping[str, str] = {}
+    answers: Sequence[Mapping[str, str]] = ()
+    sent: float = 0.0
+    due: float | None = None
+    took_over: bool = False
+
+
+class Stopped(NamedTuple):
+    """Why an agent is stopped, by whom, and the trace fields of the stop."""
+
+    cause: str
+    by: str | None
+    fields: Mapping[str, str]
+
+
+class Watch:
+    """Watches one attempt.
+
+    Args:
+        telemetry: Where it is told.
+        facts: What is known of it.
+        clock: Tells the broker's time.
+        content: Whether what was asked and said may be told.
+    """
+
+    def __init__(
+        self, telemetry: Telemetry, facts: Facts, *, clock: Callable[[], float], content: bool = False
+    ) -> None:
+        self._facts = facts
+        self._telemetry = telemetry
+        self._metrics = telemetry.instruments
+        self._clock = clock
+        self._content = content
+        self._agent = {Attr.AGENT: facts.request.agent}
+        self._tokens = self._metrics.tally("tokens", self._agent)
+        self._appends = self._metrics.tally("appends", self._agent)
+        self._bytes = self._metrics.tally("append_bytes", self._agent)
+        self._text = self._metrics.tally("text_bytes", self._agent)
+        self._count = 0
+        self._first = self._last = 0.0
+        self._first_count = 0
+        self._stopped = self._claimed = self._ended = False
+        self._span = _process(telemetry, facts)
+        self._invoked: tuple[Span, int] | None = None
+
+    @property
+    def fields(self) -> dict[str, str]:
+        """The attempt's trace fields, for its `TurnStarted`."""
+        return carried({}, trace.set_span_in_context(self._span, span_of(self._facts.request.trace)))
+
+    @property
+    def active(self) -> bool:
+        """Whether anybody looks: if not, there is no need to tell of each append."""
+        return self._metrics.enabled or self._span.is_recording()
+
+    def claimed(self) -> None:
+        """Take note that the session is ours. An attempt that does not come to this is told to nobody."""
+        facts = self._facts
+        self._claimed = True
+        if facts.due is not None:
+            wait = max(self._clock() - facts.due, 0.0)
+            self._span.set_attribute(Attr.QUEUE_WAIT, wait)
+            self._metrics.record("queue_wait", wait, self._agent)
+        if facts.took_over:
+            self._span.add_event(SpanEvent.TAKEN_OVER)
+            self._metrics.add("takeovers", self._agent)
+
+    @contextmanager
+    def current(self) -> Generator[None]:
+        """The attempt as the current span, and as what is logged about."""
+        facts = self._facts
+        here = trace.set_span_in_context(self._span, span_of(facts.request.trace))
+        token = context.attach(here)
+        try:
+            with at(facts.session, facts.request.turn, facts.attempt):
+                yield
+        finally:
+            context.detach(token)
+
+    @contextmanager
+    def invoking(self, messages: Sequence[Mapping[str, object]]) -> Generator[None]:
+        """The agent at work, as the current span: what its author's code and libraries do is below it."""
+        facts = self._facts
+        attributes: dict[str, str] = {
+            Attr.GEN_AI_OPERATION: "invoke_agent",
+            Attr.AGENT: facts.request.agent,
+            Attr.CONVERSATION: facts.session,
+            Attr.TURN: facts.request.turn,
+        }
+        if self._content:
+            attributes[Attr.INPUT_MESSAGES] = msgspec.json.encode(messages).decode()
+        span = self._telemetry.tracer.start_span(
+            f"invoke_agent {facts.request.agent}", attributes=attributes, kind=SpanKind.INTERNAL
+        )
+        token = context.attach(context.set_value(_INVOCATION, span, trace.set_span_in_context(span)))
+        try:
+            yield
+        except Exception as error:
+            span.set_attribute(Attr.ERROR_TYPE, getattr(error, "code", None) or type(error).__name__)
+            span.set_status(Status(StatusCode.ERROR))
+            if self._content:
+                span.record_exception(error)
+            raise
+        finally:
+            context.detach(token)
+            if self._content and not self._ended:
+                self._invoked = (span, time.time_ns())  # what it said is known when all of it is stored
+            else:
+                span.end()
+
+    def appended(self, tokens: int, size: int, text: int) -> None:
+        """Take note of a record: its tokens, its bytes, its characters of text."""
+        self._appends.value += 1
+        self._bytes.value += size
+        if not tokens:
+            return
+        self._tokens.value += tokens
+        self._text.value += text
+        self._last = time.monotonic()
+        if not self._count:
+            self._first, self._first_count = self._last, tokens
+            self._span.add_event(SpanEvent.FIRST_TOKEN)
+            if self._facts.attempt == 1:
+                self._metrics.record("first_token", self._clock() - self._facts.sent, self._agent)
+        self._count += tokens
+        if not self._appends.value % SAMPLE:
+            self._metrics.record("append_batch", tokens)
+
+    def stopped(self, stop: Stopped) -> None:
+        """Take note that the agent is being stopped, and by whom; the first time counts."""
+        if not self._stopped:
+            self._stopped = True
+            _mark_stopped(self._span, stop)
+
+    def close(self) -> None:
+        """The attempt is over, with a last word or without: then it was cut off, by an error in the worker, say."""
+        if self._claimed and not self._ended:
+            self.ended("abandoned")
+
+    def ended(self, outcome: str, *, error: str | None = None, said: wire.Message | None = None) -> None:
+        """Take note of how the attempt ended."""
+        self._ended = True
+        if self._invoked is not None:
+            span, when = self._invoked
+            if said is not None:
+                span.set_attribute(Attr.OUTPUT_MESSAGES, msgspec.json.encode(said.parts).decode())
+            span.end(when)
+        _end(self._span, outcome, error, self._count)
+        self._metrics.add("attempts", self._agent | {Attr.OUTCOME: outcome})
+        if outcome == "fenced":
+            self._metrics.add("fenced", self._agent)
+        if self._count > self._first_count:
+            gap = (self._last - self._first) / (self._count - self._first_count)
+            self._metrics.record("token_gap", gap, self._agent)
+
+
+def turn_ended(telemetry: Telemetry, facts: Facts, outcome: str, *, now: float) -> None:
+    """Count a turn's end, at ``now`` by the broker's clock."""
+    attributes = {Attr.AGENT: facts.request.agent, Attr.OUTCOME: outcome}
+    telemetry.instruments.add("turns", attributes)
+    if facts.sent:
+        telemetry.instruments.record("turn_duration", now - facts.sent, attributes)
+
+
+def settled(telemetry: Telemetry, facts: Facts, outcome: str, *, now: float, stop: Stopped | None = None) -> None:
+    """Tell of a turn that ends without being run: stopped or overdue while it waited, or given up."""
+    span = _process(telemetry, facts)
+    if stop is not None:
+        _mark_stopped(span, stop)
+    _end(span, outcome, None, 0)
+    turn_ended(telemetry, facts, outcome, now=now)
+
+
+def model_known(model: str) -> None:
+    """Let the span of the agent that is at work say which model it asks."""
+    span = context.get_value(_INVOCATION)
+    if isinstance(span, Span):
+        span.set_attribute(Attr.MODEL, model)
+
+
+def _process(telemetry: Telemetry, facts: Facts) -> Span:
+    request = facts.request
+    attributes: dict[str, str | int | bool] = {
+        Attr.SYSTEM: facts.system,
+        Attr.OPERATION: "process",
+        Attr.OPERATION_TYPE: "process",
+        Attr.DESTINATION: request.agent,
+        Attr.MESSAGE_ID: request.turn,
+        Attr.AGENT: request.agent,
+        Attr.CONVERSATION: facts.session,
+        Attr.TURN: request.turn,
+        Attr.ON_BUSY: request.on_busy,
+        Attr.ATTEMPT: facts.attempt,
+        Attr.WORKER: facts.worker,
+    }
+    if facts.took_over:
+        attributes[Attr.TOOK_OVER] = True
+    links = [link_to(facts.first, {Attr.LINK: Link.FIRST_ATTEMPT})]
+    links += [link_to(fields, {Attr.LINK: Link.ANSWER}) for fields in facts.answers]
+    name, parent = f"process {request.agent}", span_of(request.trace)
+    there = [link for link in links if link is not None]
+    return telemetry.tracer.start_span(name, parent, SpanKind.CONSUMER, attributes, there)
+
+
+def _mark_stopped(span: Span, stop: Stopped) -> None:
+    attributes = {Attr.STOP_CAUSE: stop.cause}
+    if stop.by:
+        attributes[Attr.STOP_BY] = stop.by
+    span.set_attributes(attributes)
+    span.add_event(SpanEvent.STOPPED, attributes)
+    if (link := link_to(stop.fields, {Attr.LINK: Link.STOP})) is not None:
+        span.add_link(link.context, link.attributes)
+
+
+def _end(span: Span, outcome: str, error: str | None, tokens: int) -> None:
+    span.set_attributes({Attr.OUTCOME: outcome, Attr.TOKENS: tokens})
+    if outcome in _FAILED:
+        span.set_attribute(Attr.ERROR_TYPE, error or outcome)
+        span.set_status(Status(StatusCode.ERROR))
+    span.end()

@@ -1,0 +1,288 @@
+"""Every name that leaves this project towards traces and metrics, in one place.
+
+The GenAI conventions still move; what follows them, and what is ours, changes here and nowhere else. `METRICS` is also
+what docs/observability.md lists, and what the dashboard and the alerts in ``deploy/`` are checked against.
+"""
+
+from __future__ import annotations
+
+import enum
+from typing import Literal, NamedTuple
+
+__all__ = ["METRICS", "SAMPLE", "SCOPE", "Attr", "Link", "Metric", "SpanEvent", "prometheus_name"]
+
+SCOPE = "agentrun"
+"""Name of the tracer and of the meter."""
+
+
+class Attr:
+    """Attributes of spans and metrics."""
+
+    # Of the conventions for messaging.
+    SYSTEM = "messaging.system"
+    OPERATION = "messaging.operation.name"
+    OPERATION_TYPE = "messaging.operation.type"
+    DESTINATION = "messaging.destination.name"
+    MESSAGE_ID = "messaging.message.id"
+    # Of the conventions for GenAI.
+    GEN_AI_OPERATION = "gen_ai.operation.name"
+    AGENT = "gen_ai.agent.name"
+    CONVERSATION = "gen_ai.conversation.id"
+    MODEL = "gen_ai.request.model"
+    INPUT_MESSAGES = "gen_ai.input.messages"
+    OUTPUT_MESSAGES = "gen_ai.output.messages"
+    # General ones.
+    ERROR_TYPE = "error.type"
+    USER = "enduser.id"
+    # Ours.
+    TURN = "agentrun.turn"
+    OFFSET = "agentrun.offset"
+    ATTEMPT = "agentrun.attempt"
+    WORKER = "agentrun.worker"
+    ON_BUSY = "agentrun.on_busy"
+    QUEUE_WAIT = "agentrun.queue.wait"
+    TOKENS = "agentrun.tokens"
+    OUTCOME = "agentrun.outcome"
+    STOP_CAUSE = "agentrun.stop.cause"
+    STOP_BY = "agentrun.stop.by"
+    RECEIPT = "agentrun.receipt"
+    REQUEST = "agentrun.request"
+    TOOK_OVER = "agentrun.took_over"
+    KIND = "agentrun.kind"
+    LINK = "agentrun.link"
+    """On a link: what it leads to; see `Link`."""
+
+
+class Link(enum.StrEnum):
+    """What a span's link leads to."""
+
+    FIRST_ATTEMPT = "first_attempt"
+    ANSWER = "answer"
+    STOP = "stop"
+
+
+class SpanEvent(enum.StrEnum):
+    """Moments within a span. There is none for each token."""
+
+    FIRST_TOKEN = "agentrun.first_token"  # noqa: S105
+    STOPPED = "agentrun.stopped"
+    TAKEN_OVER = "agentrun.taken_over"
+
+
+class Metric(NamedTuple):
+    """One instrument.
+
+    Attributes:
+        name: As OpenTelemetry has it.
+        kind: ``counter`` and ``gauge`` are read when they are collected, so that counting costs an addition;
+            ``event counter`` is for what is rare.
+        unit: UCUM; a word in braces is a count of that.
+        help: What it means.
+        attributes: What it is told apart by.
+        buckets: Of a histogram, in its unit.
+    """
+
+    name: str
+    kind: Literal["event counter", "counter", "gauge", "histogram"]
+    unit: str
+    help: str
+    attributes: tuple[str, ...] = ()
+    buckets: tuple[float, ...] = ()
+
+
+_FAST = (0.0005, 0.001, 0.002, 0.003, 0.005, 0.0075, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
+_SLOW = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0)
+_SIZES = (1.0, 2.0, 3.0, 5.0, 8.0, 13.0, 21.0, 34.0, 55.0, 100.0, 250.0, 1000.0)
+
+SAMPLE = 16
+"""Of so many appends of tokens one is timed: an observation costs several microseconds."""
+
+
+class _Metrics:
+    """The instruments, by the names that code has for them."""
+
+    # What workers say.
+    turns = Metric(
+        "agentrun.turns",
+        "event counter",
+        "{turn}",
+        "Turns that ended, by how: completed, cancelled, failed or expired.",
+        (Attr.AGENT, Attr.OUTCOME),
+    )
+    turn_duration = Metric(
+        "agentrun.turn.duration",
+        "histogram",
+        "s",
+        "From the request's being stored to the turn's end, waiting and all attempts included.",
+        (Attr.AGENT, Attr.OUTCOME),
+        _SLOW,
+    )
+    attempts = Metric(
+        "agentrun.attempts",
+        "event counter",
+        "{attempt}",
+        "Attempts that ended, by how: as a turn ends, or suspended, retrying, released (handed over by a worker that "
+        "drains) or fenced (another worker took over).",
+        (Attr.AGENT, Attr.OUTCOME),
+    )
+    queue_wait = Metric(
+        "agentrun.queue.wait",
+        "histogram",
+        "s",
+        "From an input's being stored to the claim by a worker: of a turn's request, or of the answer that woke it.",
+        (Attr.AGENT,),
+        _SLOW,
+    )
+    first_token = Metric(
+        "agentrun.time_to_first_token",
+        "histogram",
+        "s",
+        "From the request's being stored to the first token's being stored, of first attempts.",
+        (Attr.AGENT,),
+        _SLOW,
+    )
+    token_gap = Metric(
+        "agentrun.time_between_tokens",
+        "histogram",
+        "s",
+        "Time between two tokens, the mean of an attempt; recorded once for each attempt with two tokens or more.",
+        (Attr.AGENT,),
+        _FAST,
+    )
+    takeovers = Metric(
+        "agentrun.takeovers",
+        "event counter",
+        "{takeover}",
+        "Attempts that began where another worker's had ended without a last word: it died, or was cut off.",
+        (Attr.AGENT,),
+    )
+    fenced = Metric(
+        "agentrun.fenced",
+        "event counter",
+        "{attempt}",
+        "Attempts of this worker that were fenced off: another owns the session, and what they appended was refused.",
+        (Attr.AGENT,),
+    )
+    tokens = Metric("agentrun.tokens", "counter", "{token}", "Tokens stored, as agents emitted them.", (Attr.AGENT,))
+    appends = Metric(
+        "agentrun.appends",
+        "counter",
+        "{record}",
+        "Records that turns appended. Tokens per append: how many are merged into one record.",
+        (Attr.AGENT,),
+    )
+    append_bytes = Metric(
+        "agentrun.append.bytes",
+        "counter",
+        "By",
+        "Bytes of those records. Divided by agentrun.text.bytes: the write amplification.",
+        (Attr.AGENT,),
+    )
+    text_bytes = Metric(
+        "agentrun.text.bytes", "counter", "By", "Characters of text among them, counted as a byte each.", (Attr.AGENT,)
+    )
+    append_batch = Metric(
+        "agentrun.append.batch",
+        "histogram",
+        "{token}",
+        f"Tokens merged into one record; of one append of tokens in {SAMPLE}.",
+        (),
+        _SIZES,
+    )
+    append_duration = Metric(
+        "agentrun.append.duration",
+        "histogram",
+        "s",
+        f"From an append's being sent to its being acknowledged, by kind of record and outcome; of one append of "
+        f"tokens in {SAMPLE}, and of every other.",
+        (Attr.KIND, Attr.OUTCOME),
+        _FAST,
+    )
+    running = Metric("agentrun.worker.running", "gauge", "{turn}", "Turns this worker has in hand.", (Attr.AGENT,))
+    slots = Metric(
+        "agentrun.worker.slots",
+        "gauge",
+        "{turn}",
+        "Turns this worker takes at once; 0 while it drains.",
+        (Attr.AGENT,),
+    )
+    waiting = Metric(
+        "agentrun.queue.waiting",
+        "gauge",
+        "{turn}",
+        "The lag: inputs stored and not yet given to a worker, of the whole fleet; looked up every 15 s.",
+        (Attr.AGENT,),
+    )
+    leased = Metric(
+        "agentrun.queue.leased",
+        "gauge",
+        "{turn}",
+        "Inputs given to workers and not settled, of the whole fleet; looked up every 15 s.",
+        (Attr.AGENT,),
+    )
+    dead = Metric(
+        "agentrun.dead_turns",
+        "event counter",
+        "{turn}",
+        "Turns that gave up and went on the list of dead ones (agentrun dead list).",
+        (Attr.AGENT,),
+    )
+    # What clients say, gateways among them.
+    sends = Metric(
+        "agentrun.sends",
+        "event counter",
+        "{turn}",
+        "Turns sent, by outcome: ok, or the error's name.",
+        (Attr.AGENT, Attr.OUTCOME),
+    )
+    send_duration = Metric(
+        "agentrun.send.duration", "histogram", "s", "From the call to the turn's being stored.", (Attr.AGENT,), _FAST
+    )
+    cancel_duration = Metric(
+        "agentrun.cancel.duration",
+        "histogram",
+        "s",
+        "From a stop to its receipt, by what that says.",
+        (Attr.RECEIPT,),
+        _FAST,
+    )
+    # What gateways say.
+    http_duration = Metric(
+        "http.server.request.duration",
+        "histogram",
+        "s",
+        "HTTP requests; of a stream, until its headers are sent.",
+        ("http.request.method", "http.route", "http.response.status_code"),
+        _FAST,
+    )
+    readers = Metric("agentrun.gateway.readers", "gauge", "{reader}", "Streams, long polls and sockets that read.")
+    watched = Metric("agentrun.gateway.sessions", "gauge", "{session}", "Sessions with a subscription at the broker.")
+    resumes = Metric("agentrun.gateway.resumes", "counter", "{read}", "Reads that went on from an offset a client had.")
+    gaps = Metric(
+        "agentrun.gateway.gaps",
+        "counter",
+        "{event}",
+        "Gap events given to readers: records that had expired and that nothing stands for.",
+    )
+    slow_readers = Metric(
+        "agentrun.gateway.slow_readers",
+        "counter",
+        "{reader}",
+        "Readers that were disconnected because they were slower than their session; they resume.",
+    )
+    events = Metric("agentrun.gateway.events", "counter", "{event}", "Events given to readers.")
+
+
+METRICS: dict[str, Metric] = {name: value for name, value in vars(_Metrics).items() if isinstance(value, Metric)}
+"""All of them, by the name that code has for each."""
+
+_UNITS = {"s": "seconds", "By": "bytes"}
+
+
+def prometheus_name(metric: Metric) -> str:
+    """Return the name under which it is found in Prometheus; of a histogram, without ``_bucket`` and its like."""
+    name = metric.name.replace(".", "_")
+    unit = _UNITS.get(metric.unit, "")
+    if unit and not name.endswith(f"_{unit}"):
+        name = f"{name}_{unit}"
+    return f"{name}_total" if metric.kind.endswith("counter") else name
