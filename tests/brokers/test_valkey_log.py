@@ -16,8 +16,8 @@ from agentrun.brokers.valkey_server import ValkeyServer
 from agentrun.errors import Conflict, RecordsLost, SessionGone
 from agentrun.testing import Settings
 from agentrun.testing.contract_players import until
-from tests.brokers.nats_environment import new_namespace
-from tests.brokers.valkey_environment import Proxy, ValkeyEnvironment, ValkeyEnvironments, client
+from tests.brokers.server_environment import new_namespace
+from tests.brokers.valkey_environment import ValkeyEnvironment, ValkeyEnvironments, ValkeyProxy, client
 
 
 async def append(broker: Broker, body: bytes = b"", *, kind: Kind = Kind.EVENT, session: str = "s") -> Tail:
@@ -198,7 +198,7 @@ async def test_scripts_that_were_flushed_are_loaded_again(valkey_environments: V
 async def test_a_server_that_hangs_is_left_and_found_again(valkey_environments: ValkeyEnvironments) -> None:
     async with (
         valkey_environments(Settings()) as environment,
-        Proxy(environment.server.port) as proxy,
+        ValkeyProxy(environment.server.port) as proxy,
         environment.broker(proxy.url) as broker,
         broker.log.follow("s") as records,
     ):
@@ -218,7 +218,7 @@ def test_connections_that_break_while_it_is_written_lose_and_double_nothing(
         environment = ValkeyEnvironment(valkey_server, Settings(), new_namespace())
         async with environment.broker(check=False) as operator:
             await operator.setup()
-        async with Proxy(valkey_server.port) as proxy, environment.broker(proxy.url) as broker:
+        async with ValkeyProxy(valkey_server.port) as proxy, environment.broker(proxy.url) as broker:
             sent: list[bytes] = []
 
             async def write() -> None:

@@ -25,7 +25,7 @@ from agentrun.broker import Kind, Pending, Tail
 from agentrun.brokers.valkey import Streams, ValkeyBroker
 from agentrun.brokers.valkey_server import ValkeyServer
 from agentrun.errors import InvalidInput, Misconfigured, NoListener, Unavailable
-from tests.brokers.nats_environment import new_namespace
+from tests.brokers.server_environment import new_namespace
 from tests.brokers.valkey_environment import client
 
 
