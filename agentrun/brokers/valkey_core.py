@@ -212,5 +212,6 @@ class Core(Shared[Layout]):
     def silence(self, seconds: float) -> str:
         """What to say when no answer came."""
         if self.commands.connected:
-            return f"no answer from {self.commands.options.shown} within {seconds:g} s"
+            because = f" ({self.commands.last_error})" if self.commands.last_error else ""
+            return f"no answer from {self.commands.options.shown} within {seconds:g} s{because}"
         return self.commands.gone
