@@ -7,6 +7,7 @@ from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
 from typing import Any
 
+import anyio
 from valkey.asyncio import Valkey
 
 from agentrun.brokers.valkey import Streams, ValkeyBroker
@@ -82,4 +83,5 @@ async def client(server: ValkeyServer, **options: Any) -> AsyncGenerator[Valkey]
     try:
         yield valkey
     finally:
-        await valkey.aclose()
+        with anyio.CancelScope(shield=True):
+            await valkey.aclose()
