@@ -14,8 +14,8 @@ import msgspec
 from anyio.abc import ByteReceiveStream, Process
 from anyio.streams.buffered import BufferedByteReceiveStream
 
-from agentrun.brokers.nats_layout import Streams
 from agentrun.brokers.server import NatsServer
+from agentrun.brokers.streams import Streams
 from agentrun.cli._page import HOST, gateway_command, gateway_environment, http_port_option, missing, pick_port
 from agentrun.cli.admin import set_up
 from agentrun.cli.common import App, Fatal, command, option

@@ -21,8 +21,8 @@ import anyio
 
 import agentrun
 from agentrun import brokers
-from agentrun.brokers.nats_layout import Streams
 from agentrun.brokers.server import NatsServer
+from agentrun.brokers.streams import Streams
 from agentrun.client import Client, Event
 
 ROOT = Path(__file__).parents[2]
@@ -283,7 +283,7 @@ def new_cli(server: NatsServer, streams: Streams | None = None) -> Cli:
 
     async def set_up() -> None:
         async with brokers.connect(cli.url, namespace=cli.namespace, check=False, streams=streams) as broker:
-            await broker.setup()  # type: ignore[attr-defined]
+            await broker.setup()
 
     anyio.run(set_up)
     return cli

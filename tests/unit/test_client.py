@@ -414,7 +414,7 @@ async def test_a_trimmed_turn_is_not_found(session: Session, owner: Owner) -> No
     turn = await session.send("a", id="t1")
     await owner.run("t1", 1)
     await session.send("b", id="t2")
-    owner.broker.state.trim("s", 2)  # type: ignore[attr-defined]
+    owner.broker.state.trim("s", 2)
     with pytest.raises(TurnNotFound, match="trimmed"):
         await turn.result(timeout=5)
     with pytest.raises(TurnNotFound, match="trimmed"):
