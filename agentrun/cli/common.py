@@ -21,6 +21,7 @@ from agentrun import Client, connect
 from agentrun.broker import BrokerAdmin
 from agentrun.errors import AgentrunError, BrokerError, Unavailable
 from agentrun.settings import ClientSettings
+from agentrun.telemetry.logs import JsonFormatter
 
 __all__ = [
     "App",
@@ -61,6 +62,7 @@ class App:
         self.url = ""
         self.namespace = ""
         self.log_level: str | None = None
+        self.log_format: str | None = None
 
     @property
     def debug(self) -> bool:
@@ -69,12 +71,12 @@ class App:
 
     def log(self, default: str) -> None:
         """Send the log to stderr, from the level asked for, or else from ``default``."""
-        logging.basicConfig(
-            stream=sys.stderr,
-            level=(self.log_level or default).upper(),
-            format="%(asctime)s %(levelname)-7s %(message)s",
-            datefmt="%H:%M:%S",
-        )
+        handler = logging.StreamHandler(sys.stderr)
+        if self.log_format == "json":
+            handler.setFormatter(JsonFormatter())
+        else:
+            handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)-7s %(message)s", "%H:%M:%S"))
+        logging.basicConfig(handlers=[handler], level=(self.log_level or default).upper())
 
     @asynccontextmanager
     async def client(self, settings: ClientSettings | None = None) -> AsyncGenerator[Client]:
@@ -120,6 +122,7 @@ def connection_options(*, defaults: bool) -> Callable[[F], F]:
             make(
                 "--log-level", type=click.Choice(LEVELS, case_sensitive=False), help="What to log, to stderr.", **extra
             ),
+            make("--log-format", type=click.Choice(("text", "json")), help="How to log.", **extra),
             make(
                 "--namespace",
                 default="default" if defaults else None,

@@ -12,6 +12,7 @@ import anyio
 import click
 
 from agentrun.cli._settings import settings_options
+from agentrun.cli._telemetry import seen_as
 from agentrun.cli.common import App, Fatal, command, duration, option
 from agentrun.errors import InvalidInput
 from agentrun.settings import GatewaySettings
@@ -71,8 +72,11 @@ async def gateway(
     except OSError as error:
         raise Fatal(f"cannot listen on {host}:{port}: {error.strerror or error}") from error
     address = f"http://{host if ':' not in host else f'[{host}]'}:{sockets[0].getsockname()[1]}"
-    served = Gateway(app.url, auth=auth, namespace=app.namespace, settings=settings)
-    async with served, anyio.create_task_group() as group:
+    async with (
+        seen_as("agentrun-gateway"),
+        Gateway(app.url, auth=auth, namespace=app.namespace, settings=settings) as served,
+        anyio.create_task_group() as group,
+    ):
         if while_stdin:
             group.start_soon(_stop_with_stdin)
         gc.collect()

@@ -15,6 +15,7 @@ import click
 from agentrun import brokers
 from agentrun.agent import Agent
 from agentrun.cli._settings import settings_options
+from agentrun.cli._telemetry import seen_as
 from agentrun.cli.common import App, Fatal, command, option
 from agentrun.errors import InvalidInput
 from agentrun.settings import WorkerSettings
@@ -47,7 +48,7 @@ async def worker(
     app.log("info")
     sys.path.insert(0, os.getcwd())
     loaded = [load_agent(spec, debug=app.debug) for spec in agents]
-    async with brokers.connect(app.url, namespace=app.namespace) as broker:
+    async with seen_as("agentrun-worker"), brokers.connect(app.url, namespace=app.namespace) as broker:
         try:
             runner = Worker(broker, loaded, settings=settings, name=name)
         except InvalidInput as error:
