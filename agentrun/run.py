@@ -155,8 +155,8 @@ class Attempt:
             Conflict: The session moved on before the claim; nothing has happened.
         """
         try:
-            await self._claim()
             with self._watch.current():
+                await self._claim()
                 outcome: Outcome = Lost()
                 async with anyio.create_task_group() as group:
                     group.start_soon(self._publish)

@@ -67,6 +67,25 @@ async def test_a_turn_is_counted(seen: Seen, fleet: Fleet) -> None:
     assert "agentrun.worker.slots" not in seen.metrics()  # of a worker that is gone nothing is told
 
 
+async def test_what_is_measured_of_a_turn_leads_to_its_trace(seen: Seen, fleet: Fleet) -> None:
+    await fleet.worker(talk)
+    await (await fleet.session("s", "talk").send("go")).result(10)
+    await eventually(lambda: "process talk" in seen.tree)
+    data = seen.reader.get_metrics_data()
+    assert data is not None
+    exemplars = {
+        metric.name: {exemplar.trace_id for point in metric.data.data_points for exemplar in point.exemplars}
+        for resource in data.resource_metrics
+        for scope in resource.scope_metrics
+        for metric in scope.metrics
+        if any(point.exemplars for point in metric.data.data_points)
+    }
+    (process,) = [span for span in seen.spans.get_finished_spans() if span.name == "process talk"]
+    assert process.context
+    for name in ("queue.wait", "time_to_first_token", "time_between_tokens", "turn.duration", "turns", "attempts"):
+        assert exemplars[f"agentrun.{name}"] == {process.context.trace_id}, name
+
+
 async def test_running_turns_and_slots_of_a_worker_that_drains(seen: Seen, fleet: Fleet) -> None:
     @agent(name="talk")
     async def waits(ctx: Context) -> AsyncIterator[str]:
