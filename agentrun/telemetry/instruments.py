@@ -70,6 +70,10 @@ class Instruments:
         """Count an event."""
         self._counters[key].add(1, attributes)
 
+    def expect(self, key: str, attributes: Mapping[str, str]) -> None:
+        """Let the count of a rare event stand at 0 from the beginning: only then is the first one an increase."""
+        self._counters[key].add(0, attributes)
+
     def record(self, key: str, value: float, attributes: Mapping[str, str] | None = None) -> None:
         """Record an observation of a histogram; one that a clock set back made negative counts as 0."""
         self._histograms[key].record(max(value, 0.0), attributes)

@@ -62,6 +62,8 @@ async def test_a_turn_is_counted(seen: Seen, fleet: Fleet) -> None:
     assert metrics["agentrun.worker.slots"] == {(AGENT,): 7}
     assert metrics["agentrun.queue.waiting"] == {(AGENT,): 0}
     assert metrics["agentrun.queue.leased"] == {(AGENT,): 0}
+    for name in ("agentrun.takeovers", "agentrun.fenced", "agentrun.dead_turns"):
+        assert metrics[name] == {(AGENT,): 0}, f"the first {name} would be no increase"
     worker.worker.drain()
     await worker.ended.wait()
     assert "agentrun.worker.slots" not in seen.metrics()  # of a worker that is gone nothing is told
@@ -125,7 +127,7 @@ async def test_an_attempt_that_is_fenced_off(seen: Seen, fleet: Fleet) -> None:
     await fleet.until("text.delta")
     await fleet.client.session("s").delete()
     fleet.sessions.clear()
-    await eventually(lambda: "agentrun.fenced" in seen.metrics())
+    await eventually(lambda: "agentrun.attempts" in seen.metrics())
     metrics = seen.metrics()
     assert metrics["agentrun.fenced"] == {(AGENT,): 1}
     assert metrics["agentrun.attempts"] == {outcome("fenced"): 1}
