@@ -32,7 +32,7 @@ async def test_promises_hold_while_processes_and_connections_break(tmp_path: Pat
 
 
 async def test_promises_hold_while_a_cluster_loses_its_leader(tmp_path: Path) -> None:
-    setup = Setup(folder=tmp_path, seed=8, cluster=True)
+    setup = Setup(folder=tmp_path, seed=8, broker="nats cluster")
     surely = ("kill", "leader crash", "leader steps down", "leader parted")
     _assert_kept(await play(setup, SCALE, seconds=30, pace=2.0, surely=surely), surely)
 
