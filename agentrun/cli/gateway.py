@@ -62,6 +62,7 @@ async def gateway(
     codes: 0 stopped as told, 1 the broker is lost or not set up, 2 it cannot be started as written.
     """
     app.log("info")
+    url = app.shared_url()
     try:
         auth = _auth(insecure, host, _keys(secret_file, public_key, jwks), audience, issuer, max_ttl)
     except InvalidInput as error:
@@ -71,7 +72,7 @@ async def gateway(
     except OSError as error:
         raise Fatal(f"cannot listen on {host}:{port}: {error.strerror or error}") from error
     address = f"http://{host if ':' not in host else f'[{host}]'}:{sockets[0].getsockname()[1]}"
-    served = Gateway(app.url, auth=auth, namespace=app.namespace, settings=settings)
+    served = Gateway(url, auth=auth, namespace=app.namespace, settings=settings)
     async with served, anyio.create_task_group() as group:
         if while_stdin:
             group.start_soon(_stop_with_stdin)
