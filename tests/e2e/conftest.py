@@ -12,14 +12,15 @@ from tests.e2e.processes import Cli, new_cli
 # Everything runs on NATS, the reference. A process of the command line takes a third of a second of a core to start, so
 # that on other brokers only that runs again which another broker can break: on Valkey the promises (all that need a
 # broker's leases, fences and wake-ups), moving, gateways that end and die, and each command once; on SQLite, which has
-# no server, what two processes at one file can break: the log as the only truth, zombies, and each command once.
-# What the client does, it does in this process, at hardly any cost: on all four. Arguments, exit codes, terminal and
-# tokens are the same code for all. What a broker promises in detail its own suite shows: tests/brokers.
+# no server, what two processes at one file can break: the log as the only truth, zombies, and each command once. The
+# demonstration runs on both. What the client does, it does in this process, at hardly any cost: on all four. Arguments,
+# exit codes, terminal and tokens are the same code for all. What a broker promises in detail its own suite shows:
+# tests/brokers.
 
 
 @pytest.fixture
 def broker(request: pytest.FixtureRequest) -> str:
-    """The broker's URL: NATS, unless a test says `everywhere` or `on`."""
+    """The broker's URL: NATS, unless a test says `on`."""
     return where(request, getattr(request, "param", "nats"))
 
 

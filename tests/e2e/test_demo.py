@@ -14,10 +14,9 @@ import urllib.request
 import anyio
 import pytest
 
-from agentrun.brokers.valkey_server import ValkeyServer
 from agentrun.client import connect
 from agentrun.testing.openai_server import FakeOpenAI, Refuse, Text
-from tests.e2e.processes import Terminal
+from tests.e2e.processes import Terminal, on
 
 COLUMNS = "140"
 
@@ -60,22 +59,23 @@ def test_the_demonstration_counts_what_it_shows() -> None:
     assert done.stderr == ""
 
 
-def test_on_a_server_that_runs_it_keeps_to_a_namespace_of_its_own(valkey_server: ValkeyServer) -> None:
+@on("valkey", "sqlite")
+def test_on_a_broker_of_ones_own_it_keeps_to_its_namespace(broker: str) -> None:
     done = subprocess.run(
         command("--speed", "5", "--http-port", "0"),
         capture_output=True,
         text=True,
         timeout=55,
-        env=environment(AGENTRUN_URL=valkey_server.url),
+        env=environment(AGENTRUN_URL=broker),
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    assert f"server   {valkey_server.url}\n" in done.stdout
+    assert f"server   {broker}\n" in done.stdout
     assert {good for _, good in table(done.stdout).values()} == {"ok"}
     session = re.search(r"session=(demo-\w+)", done.stdout)
     assert session is not None
 
     async def turns() -> int:
-        async with connect(valkey_server.url, namespace="demo") as client:
+        async with connect(broker, namespace="demo") as client:
             return len((await client.session(session[1]).history()).turns)
 
     assert anyio.run(turns) == 4
