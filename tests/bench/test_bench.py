@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from agentrun.cli._place import version
 from tests.e2e.processes import one_line, within
 
 
@@ -123,27 +124,11 @@ def test_what_processes_cannot_share_is_refused() -> None:
     assert "lives in one process" in done.stderr
 
 
-@pytest.mark.parametrize("bench", ["turns", "tokens", "cancel", "resume"])
-def test_a_worker_within_the_process_needs_no_broker_that_is_shared(bench: str) -> None:
-    small = ("--sessions", "2", "--rounds", "1", "--seconds", "0.5", "--events", "200", "--readers", "2")
-    rows = measure(bench, "--url", "memory://bench", "--workers", "0", *small)
-    assert not {name for figures in rows.values() for name in figures if name.startswith(("worker_", "reader_"))}
-    if bench in ("turns", "tokens"):
-        assert all(figures[f"process_cpu_per_{bench[:-1]}_us"] > 0 for figures in rows.values())
-
-
-def test_what_needs_worker_processes_says_so() -> None:
-    done = run("takeover", "--workers", "0")
-    assert done.returncode == 2
-    assert "takeover needs worker processes" in done.stderr
-
-
-@pytest.mark.parametrize(("kind", "named"), [("valkey", "valkey-server"), ("sqlite", "SQLite")])
-def test_another_broker_is_started(kind: str, named: str) -> None:
-    report = parsed(run("tokens", "--broker", kind, "--sessions", "1", "--seconds", "0.5", "--json"))
-    assert re.fullmatch(rf"{named} \d+\.\d+\.\d+", report["machine"]["server"])
-    (row,) = report["rows"]
-    assert (row["figures"]["lost"], row["figures"]["doubled"]) == (0, 0)
+@pytest.mark.parametrize(
+    ("kind", "named"), [("nats", "nats-server"), ("valkey", "valkey-server"), ("sqlite", "SQLite")]
+)
+def test_what_was_measured_is_named_with_its_version(kind: str, named: str) -> None:
+    assert re.fullmatch(rf"{named} \d+\.\d+\.\d+", version(kind))
 
 
 def test_a_broker_named_in_the_environment_is_left_alone() -> None:
