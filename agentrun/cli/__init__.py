@@ -14,7 +14,7 @@ from agentrun.cli.common import connection_options
 __all__ = ["main"]
 
 _COMMANDS = {
-    "dev": ("agentrun.cli.dev:dev", "Run a NATS server and workers here, for development."),
+    "dev": ("agentrun.cli.dev:dev", "Run a broker and workers here, for development."),
     "setup": ("agentrun.cli.admin:setup", "Create or update what the namespace needs at the broker."),
     "gateway": ("agentrun.cli.gateway:gateway", "Serve sessions over HTTP."),
     "token": ("agentrun.cli.token:token", "Make, show and revoke tokens for the gateway."),
