@@ -16,7 +16,7 @@ help:
 	@echo "make test   lint and test everything, on this Python and on a newer one if there is one"
 	@echo "make lint   ruff, import floors, pyright"
 	@echo "make bench  the figures of docs/performance.md"
-	@echo "make chaos  break everything for minutes and see what holds: make chaos ARGS='--minutes 5 --seed 7 --cluster'"
+	@echo "make chaos  break everything for minutes and see what holds: make chaos ARGS='--minutes 5 --seed 7 --cluster' (or --broker valkey)"
 	@echo "make storm  the fault suite within one process, longer than in make test"
 
 venv:

@@ -20,15 +20,9 @@ from anyio.abc import ObjectReceiveStream, ObjectSendStream
 from anyio.lowlevel import checkpoint
 
 from agentrun.broker import HANDLER_GRACE, Capabilities, Handler, Hold, Kind, Pending, QueueStats, Record, Tail
+from agentrun.brokers.checks import check_lease_ttl, check_record, not_open
 from agentrun.brokers.memory_state import AgentQueue, Append, Listener, MemoryLease, MemoryState
-from agentrun.errors import (
-    InvalidInput,
-    Misconfigured,
-    NoListener,
-    SessionGone,
-    TooLarge,
-    Unavailable,
-)
+from agentrun.errors import InvalidInput, NoListener, SessionGone, Unavailable
 
 __all__ = ["MemoryBroker", "MemoryLease", "MemoryLog", "MemoryQueue", "MemorySignals", "MemoryState"]
 
@@ -45,18 +39,14 @@ class MemoryQueue:
         queue = self.state.agent(agent)
         if queue.lease_ttl is None:
             queue.lease_ttl = lease_ttl or self.state.capabilities.lease_ttl
-        elif lease_ttl is not None and lease_ttl != queue.lease_ttl:
-            raise Misconfigured(
-                f"the queue of agent {agent} has a lease time of {queue.lease_ttl} s, not {lease_ttl} s: "
-                "ask for the same, or take another name"
-            )
+        check_lease_ttl(agent, queue.lease_ttl, lease_ttl)
         return queue.lease_ttl
 
     async def lease(self, agent: str, *, wait: float) -> MemoryLease | None:
         """See `TurnQueue.lease`."""
         await checkpoint()
         if self.state.agent(agent).lease_ttl is None:
-            raise Misconfigured(f"the queue of agent {agent} is not open: call turns.open({agent!r}) first")
+            raise not_open(agent)
         with anyio.move_on_after(wait):
             while not isinstance(found := self.state.take(agent), MemoryLease):
                 with anyio.move_on_after(found - self.state.clock()):
@@ -128,10 +118,7 @@ class MemoryLog:
         timeout: float = 30.0,
     ) -> Tail:
         """See `SessionLog.append`."""
-        if len(body) > self.state.capabilities.max_body:
-            raise TooLarge(len(body), self.state.capabilities.max_body)
-        if kind is Kind.TURN and agent is None:
-            raise InvalidInput("a record of kind TURN needs the agent it is queued for")
+        check_record(kind, agent, body, self.state.capabilities.max_body)
         wanted = Append(session, body, kind, after, pending, agent, dedupe)
         token = object()
         try:

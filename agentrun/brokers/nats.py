@@ -7,8 +7,7 @@ the broker only checks them. Needs nats-server 2.12 or newer.
 from __future__ import annotations
 
 import ssl
-from types import TracebackType
-from typing import Self, cast
+from typing import Self
 
 import anyio
 from nats.aio.client import Client
@@ -17,19 +16,18 @@ from agentrun.broker import Capabilities, QueueStats
 from agentrun.brokers.nats_admin import NatsAdmin, check_server, load
 from agentrun.brokers.nats_beat import Heartbeats
 from agentrun.brokers.nats_core import Core
-from agentrun.brokers.nats_layout import HEADROOM, RECORD_LIMIT, Streams
-from agentrun.brokers.nats_link import Link, LinkOptions
+from agentrun.brokers.nats_layout import HEADROOM, RECORD_LIMIT, Layout
+from agentrun.brokers.nats_link import Link, LinkOptions, log
 from agentrun.brokers.nats_log import NatsLog
 from agentrun.brokers.nats_queue import NatsQueue
 from agentrun.brokers.nats_read import Reader
 from agentrun.brokers.nats_signals import NatsSignals
-from agentrun.brokers.nats_watch import Watch
+from agentrun.brokers.streams import Streams
+from agentrun.brokers.watch import Watch
 from agentrun.errors import Unavailable
 from agentrun.wire import check_id
 
 __all__ = ["NatsBroker", "Streams"]
-
-_Exc = tuple[type[BaseException] | None, BaseException | None, TracebackType | None]
 
 
 class NatsBroker:
@@ -63,17 +61,21 @@ class NatsBroker:
         check_id("namespace", namespace)
         options = LinkOptions(url=url, user_credentials=user_credentials, tls=tls, connect_timeout=connect_timeout)
         self._core = Core(
-            namespace, lease_ttl, Link(options, "appends"), Link(options, "queue"), Link(options, "reads")
+            namespace=namespace,
+            lease_ttl=lease_ttl,
+            appends=Link(options, "appends"),
+            queue=Link(options, "queue"),
+            reads=Link(options, "reads"),
         )
         self._check = check
         self._min_dedupe_window = min_dedupe_window
         reader = Reader(self._core)
         self._beats = Heartbeats(options)
-        self._turns = NatsQueue(self._core, reader, self._beats)
-        self._log = NatsLog(self._core, reader)
-        self._signals = NatsSignals(self._core, self._beats)
+        self.turns = NatsQueue(self._core, reader, self._beats)
+        self.log = NatsLog(self._core, reader)
+        self.signals = NatsSignals(self._core, self._beats)
         self._admin = NatsAdmin(self._core, streams or Streams())
-        self._watch = Watch(self._core, min_dedupe_window)
+        self._watch = Watch(self._core, self._load, log)
 
     @property
     def capabilities(self) -> Capabilities:
@@ -88,21 +90,6 @@ class NatsBroker:
             dedupe_window=found.dedupe_window if found else self._min_dedupe_window,
             lease_ttl=self._core.lease_ttl,
         )
-
-    @property
-    def turns(self) -> NatsQueue:
-        """The queue."""
-        return self._turns
-
-    @property
-    def log(self) -> NatsLog:
-        """The sessions' records."""
-        return self._log
-
-    @property
-    def signals(self) -> NatsSignals:
-        """Live requests."""
-        return self._signals
 
     def now(self) -> float:
         """See `Broker.now`."""
@@ -128,22 +115,23 @@ class NatsBroker:
                 await link.open()
             if self._check:
                 await check_server(self._core)
-                self._core.layout = await load(self._core, self._min_dedupe_window)
+                self._core.layout = await self._load()
         except BaseException:
             for link in links:
                 await link.close()
             raise
-        tasks = anyio.create_task_group()
-        await tasks.__aenter__()
-        self._core.tasks = tasks
+        await self._core.tasks.__aenter__()
         for link in links:
             link.on_closed = self._on_closed
             link.on_nobody = self._watch.look
         self._core.suspect = self._watch.look
         self._core.appends.on_reconnect.add(self._watch.look)
         if self._check:
-            tasks.start_soon(self._watch.run)
+            self._core.background.start_soon(self._watch.run)
         return self
+
+    async def _load(self) -> Layout:
+        return await load(self._core, self._min_dedupe_window)
 
     def _on_closed(self, reason: str) -> None:
         self._core.background.start_soon(self._fail, reason)
@@ -154,19 +142,9 @@ class NatsBroker:
 
     async def __aexit__(self, *exc: object) -> None:
         """Hand back what is held, end the background tasks, close the connections."""
-        tasks = self._core.background
-        tasks.cancel_scope.cancel()
         try:
-            await tasks.__aexit__(*cast("_Exc", exc))
-        except BaseExceptionGroup as group:
-            # A task group wraps what the body raised; the body's exception goes on as it is.
-            others = [e for e in group.exceptions if e not in exc]
-            if len(others) > 1:
-                raise
-            if others:
-                raise others[0] from None
+            await self._core.tasks.__aexit__(*exc)
         finally:
-            self._core.tasks = None
             with anyio.CancelScope(shield=True):
                 await self._beats.stop()
                 for link in (self._core.appends, self._core.queue, self._core.reads):
@@ -183,7 +161,7 @@ class NatsBroker:
         done = await self._admin.setup(dry_run=dry_run)
         if not dry_run:
             self._core.forget_routes()
-            self._core.layout = await load(self._core, self._min_dedupe_window)
+            self._core.layout = await self._load()
         return done
 
     async def stats(self) -> list[QueueStats]:

@@ -15,7 +15,6 @@ from agentrun.brokers.nats_layout import (
     RECORD_LIMIT,
     VERSION,
     Layout,
-    Streams,
     consumer_filter,
     differences,
     parse_time,
@@ -24,11 +23,11 @@ from agentrun.brokers.nats_layout import (
     stream_needs,
 )
 from agentrun.brokers.nats_link import ApiError, NobodyThere
-from agentrun.errors import InvalidInput, Misconfigured, Unavailable
+from agentrun.brokers.streams import Streams
+from agentrun.errors import Misconfigured, Unavailable
 
 MIN_SERVER = (2, 12)
 MIN_LEVEL = 2
-MAX_PARTITIONS = 64
 _NS = 1_000_000_000
 _NO_STREAM = 10059
 
@@ -171,10 +170,6 @@ class NatsAdmin:
     def __init__(self, core: Core, streams: Streams) -> None:
         self._core = core
         self._wanted = streams
-        if streams.partitions is not None and not 1 <= streams.partitions <= MAX_PARTITIONS:
-            raise InvalidInput(f"partitions must be 1 to {MAX_PARTITIONS}, not {streams.partitions}")
-        if streams.delta_ttl is not None and streams.delta_ttl < 1:
-            raise InvalidInput(f"delta_ttl must be at least 1 second, not {streams.delta_ttl}")
 
     async def setup(self, *, dry_run: bool) -> list[str]:
         """See `BrokerAdmin.setup`."""

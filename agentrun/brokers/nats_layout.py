@@ -7,11 +7,11 @@ from collections.abc import Mapping
 from datetime import datetime
 from functools import lru_cache
 from typing import Any, NamedTuple
-from zlib import crc32
 
 from msgspec import Struct
 
 from agentrun.broker import Kind, Pending, Record
+from agentrun.brokers.streams import partition_of
 from agentrun.errors import InvalidInput
 
 VERSION = "1"
@@ -33,24 +33,6 @@ _KINDS = {str(kind): kind for kind in (Kind.CANCEL, Kind.DELTA, Kind.EVENT)}
 
 
 _pending = lru_cache(1024)(Pending.parse)  # the same for all that a turn streams
-
-
-class Streams(Struct, frozen=True, kw_only=True):
-    """What `setup` makes. None: leave as it is, or the default where there is nothing yet.
-
-    Args:
-        partitions: Streams the sessions are spread over; cannot be changed later. Default 1.
-        replicas: Servers each stream is stored on: 1, 3 or 5. Default 1.
-        max_age: Seconds after which every record is removed; 0 keeps them. Default 0.
-        dedupe_window: Seconds for which an input's id is remembered. Default 7200.
-        delta_ttl: Seconds tokens stay beside the messages they add up to. Default 3600; can only be raised later.
-    """
-
-    partitions: int | None = None
-    replicas: int | None = None
-    max_age: float | None = None
-    dedupe_window: float | None = None
-    delta_ttl: float | None = None
 
 
 class Route(NamedTuple):
@@ -83,7 +65,7 @@ class Layout(Struct, frozen=True):
 
     def route(self, session: str) -> Route:
         """The session's place. Costs a checksum and some formatting: keep it."""
-        p = crc32(session.encode()) % self.partitions
+        p = partition_of(session, self.partitions)
         base = f"agentrun.{self.namespace}.{p}.{session}"
         live = f"agentrun.{self.namespace}.live.{p}.{session}"
         return Route(p, stream_name(self.namespace, p), base, live, f"{base}.>")

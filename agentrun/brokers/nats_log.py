@@ -16,6 +16,7 @@ import msgspec
 from msgspec import Struct
 
 from agentrun.broker import Kind, Pending, Record, Tail
+from agentrun.brokers.checks import check_record
 from agentrun.brokers.nats_core import Core
 from agentrun.brokers.nats_follow import Follower
 from agentrun.brokers.nats_layout import (
@@ -148,14 +149,11 @@ class NatsLog:
         dedupe: str | None,
     ) -> _Append:
         layout = self._core.found
+        check_record(kind, agent, body, layout.max_body)
         route = self._core.route(session)
         subject = f"{route.base}.{kind.value}"
-        if kind is Kind.TURN:
-            if agent is None:
-                raise InvalidInput("a record of kind TURN needs the agent it is queued for")
+        if kind is Kind.TURN and agent is not None:
             subject = f"{subject}.{check_id('agent', agent)}"
-        if len(body) > layout.max_body:
-            raise TooLarge(len(body), layout.max_body)
         writer = f"{self._writer}-{next(self._calls):x}"
         # By hand, since this runs for every token.
         block = (

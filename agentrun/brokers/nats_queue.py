@@ -14,6 +14,7 @@ import msgspec
 from msgspec import Struct
 
 from agentrun.broker import Hold, Record, Tail
+from agentrun.brokers.checks import not_open
 from agentrun.brokers.nats_beat import Heartbeats
 from agentrun.brokers.nats_core import Core
 from agentrun.brokers.nats_hold import NACK, Delivery, Holder
@@ -310,7 +311,7 @@ class NatsQueue:
         """See `TurnQueue.lease`."""
         state = self._agents.get(agent)
         if state is None:
-            raise Misconfigured(f"the queue of agent {agent} is not open: call turns.open({agent!r}) first")
+            raise not_open(agent)
         waiter = _Waiter(time.monotonic() + wait)
         state.waiters.append(waiter)
         state.bell()

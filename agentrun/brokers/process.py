@@ -12,7 +12,7 @@ import time
 from abc import ABC, abstractmethod
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import ClassVar, Self
 
 import anyio
 import anyio.to_thread
@@ -41,15 +41,22 @@ class ServerProcess(ABC):
     An async context manager; `start` and `stop` do the same for code that is not async.
 
     Args:
-        name: What the server is, for messages and for its temporary directory.
         data: Where it keeps its data; None: a temporary directory, removed by `stop`.
         port: The port; 0: a free one, kept over `restart`.
+        binary: The server to run; None: the installed one.
+        settings: More lines for the server's configuration file.
     """
 
-    def __init__(self, name: str, *, data: Path | None, port: int) -> None:
-        self._kind = name
+    kind: ClassVar[str]
+    """What the server is: its scheme in URLs, and its name in messages."""
+
+    def __init__(
+        self, *, data: Path | None = None, port: int = 0, binary: str | None = None, settings: str = ""
+    ) -> None:
         self._data = data
         self._port = port
+        self._binary = binary
+        self._settings = settings
         self._temporary: Path | None = None
         self._process: subprocess.Popen[bytes] | None = None
         self._watch: subprocess.Popen[bytes] | None = None
@@ -65,6 +72,11 @@ class ServerProcess(ABC):
         Raises:
             Misconfigured: What answers is another server.
         """
+
+    @property
+    def url(self) -> str:
+        """Where it listens, as ``<kind>://127.0.0.1:<port>``."""
+        return f"{self.kind}://127.0.0.1:{self._port}"
 
     @property
     def port(self) -> int:
@@ -87,7 +99,7 @@ class ServerProcess(ABC):
             return
         fresh = self._temporary is None
         if self._temporary is None:
-            self._temporary = Path(tempfile.mkdtemp(prefix=f"agentrun-{self._kind}-"))
+            self._temporary = Path(tempfile.mkdtemp(prefix=f"agentrun-{self.kind}-"))
         run = self._temporary
         try:
             command = self.command(run, self._data or run / "data")
@@ -116,11 +128,11 @@ class ServerProcess(ABC):
         while time.monotonic() < until:
             if self._process.poll() is not None:
                 words = (run / "server.log").read_text(errors="replace").strip().splitlines()[-3:]
-                raise Misconfigured(f"{self._kind}-server ended at once: {' | '.join(words)}")
+                raise Misconfigured(f"{self.kind}-server ended at once: {' | '.join(words)}")
             if self.ready(run):
                 return
             time.sleep(0.01)
-        raise Unavailable(f"{self._kind}-server did not answer within {_START:g} s")
+        raise Unavailable(f"{self.kind}-server did not answer within {_START:g} s")
 
     def stop(self) -> None:
         """Stop the server in good order and remove what is temporary."""

@@ -8,6 +8,7 @@ import shutil
 import socket
 import sys
 import sysconfig
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -34,27 +35,15 @@ def find_nats_server() -> str:
 class NatsServer(ServerProcess):
     """One nats-server with JetStream on 127.0.0.1, that ends with this process.
 
-    An async context manager; `start` and `stop` do the same for code that is not async.
-
-    Args:
-        data: Where the streams are kept; None: a temporary directory, removed by `stop`.
-        port: The port; 0: a free one, kept over `restart`.
-        binary: The server to run; None: the installed one.
-        settings: More lines for the server's configuration file.
+    See `ServerProcess` for its arguments; ``settings`` are lines of its configuration file.
     """
 
-    def __init__(
-        self, *, data: Path | None = None, port: int = 0, binary: str | None = None, settings: str = ""
-    ) -> None:
-        super().__init__("nats", data=data, port=port)
-        self.name = f"agentrun-{secrets.token_hex(6)}"
-        self._binary = binary
-        self._settings = settings
+    kind = "nats"
 
-    @property
-    def url(self) -> str:
-        """Where the server listens, as ``nats://127.0.0.1:port``."""
-        return f"nats://127.0.0.1:{self._port}"
+    @cached_property
+    def name(self) -> str:
+        """What it calls itself, and no other server does."""
+        return f"agentrun-{secrets.token_hex(6)}"
 
     def command(self, run: Path, data: Path) -> list[str]:
         """See `ServerProcess.command`."""

@@ -24,9 +24,10 @@ import anyio
 import anyio.to_thread
 
 from agentrun.broker import Capabilities, Hold, Kind, Pending, QueueStats, Record, Tail
+from agentrun.brokers.checks import check_lease_ttl, check_record, not_open
 from agentrun.brokers.sqlite_file import File
 from agentrun.brokers.sqlite_signals import SqliteSignals
-from agentrun.errors import Conflict, Duplicate, InvalidInput, Misconfigured, SessionGone, TooLarge, Unavailable
+from agentrun.errors import Conflict, Duplicate, SessionGone, Unavailable
 
 __all__ = ["Append", "SqliteBroker", "SqliteLease", "SqliteLog", "SqliteQueue"]
 
@@ -142,10 +143,7 @@ class SqliteLog:
         timeout: float = 30.0,
     ) -> Tail:
         """See `SessionLog.append`."""
-        if len(body) > MAX_BODY:
-            raise TooLarge(len(body), MAX_BODY)
-        if kind is Kind.TURN and agent is None:
-            raise InvalidInput("a record of kind TURN needs the agent it is queued for")
+        check_record(kind, agent, body, MAX_BODY)
         expires = self._delta_ttl if kind is Kind.DELTA else None
         wanted = Append(session, body, kind, after, pending, agent, dedupe, expires, uuid.uuid4().hex)
         failure: Exception | None = None
@@ -284,11 +282,7 @@ class SqliteQueue:
             return db.execute("SELECT lease_ttl FROM queue WHERE agent = ?", (agent,)).fetchone()[0]
 
         found = await self._file.write(make)
-        if lease_ttl not in (None, found):
-            raise Misconfigured(
-                f"the queue of agent {agent} has a lease time of {found} s, not {lease_ttl} s: "
-                "ask for the same, or take another name"
-            )
+        check_lease_ttl(agent, found, lease_ttl)
         return found
 
     async def lease(self, agent: str, *, wait: float) -> SqliteLease | None:
@@ -310,7 +304,7 @@ class SqliteQueue:
         """A lease on a ready input of the agent, or in how many seconds there may be one without a change."""
         ttl = db.execute("SELECT lease_ttl FROM queue WHERE agent = ?", (agent,)).fetchone()
         if ttl is None:
-            raise Misconfigured(f"the queue of agent {agent} is not open: call turns.open({agent!r}) first")
+            raise not_open(agent)
         now = time.time()
         row = db.execute(_TAKE, (agent, now, now)).fetchone()
         if row is None:

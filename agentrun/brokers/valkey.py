@@ -1,42 +1,35 @@
 """The broker on Valkey (8 or newer) or Redis (7 or newer).
 
 Each session's records are two streams, with its end, its lease and its queued inputs beside them; every step that must
-be one is a script (docs/design.md, D26). `setup` agrees on the namespace's settings, entering the broker only checks.
+be one is a script (docs/design.md, D28). `setup` agrees on the namespace's settings, entering the broker only checks.
 
-What is acknowledged is as durable as the server is: with ``appendfsync everysec`` a crash loses up to a second, and a
-failover what the replica had not got. That is noticed and told (`RecordsLost`), never passed over.
+What is acknowledged is as durable as the server is: with ``appendfsync everysec`` a crash may lose the last second or
+two, with ``always`` none; a failover may lose what the replica had not got. A loss is told (`RecordsLost`) to whoever
+goes on from what is gone.
 """
 
 from __future__ import annotations
 
-import asyncio
-import random
 import ssl
-from types import TracebackType
-from typing import Self, cast
+from typing import Self
 
 import anyio
 
 from agentrun.broker import Capabilities, QueueStats
 from agentrun.brokers.clock import ServerClock
-from agentrun.brokers.nats_layout import Streams
+from agentrun.brokers.streams import Streams
 from agentrun.brokers.valkey_admin import ValkeyAdmin, load
 from agentrun.brokers.valkey_beat import Heartbeats
 from agentrun.brokers.valkey_channels import Channels
-from agentrun.brokers.valkey_core import MAX_BODY, Core
+from agentrun.brokers.valkey_core import MAX_BODY, Core, Layout
 from agentrun.brokers.valkey_link import Link, LinkOptions, log
 from agentrun.brokers.valkey_log import ValkeyLog
 from agentrun.brokers.valkey_queue import ValkeyQueue
 from agentrun.brokers.valkey_signals import ValkeySignals
-from agentrun.errors import Misconfigured, Unavailable
+from agentrun.brokers.watch import Watch
 from agentrun.wire import check_id
 
 __all__ = ["Streams", "ValkeyBroker"]
-
-_LOOK = 300.0
-"""Seconds between two looks at the settings; one more after each reconnect."""
-
-_Exc = tuple[type[BaseException] | None, BaseException | None, TracebackType | None]
 
 
 class ValkeyBroker:
@@ -69,21 +62,21 @@ class ValkeyBroker:
         options = LinkOptions(url=url, tls=tls, connect_timeout=connect_timeout)
         clock = ServerClock()
         self._core = Core(
-            namespace,
-            lease_ttl,
-            Link(options, "commands", clock),
-            Channels(options, "live"),
-            Channels(options, "signals"),
-            clock,
+            namespace=namespace,
+            lease_ttl=lease_ttl,
+            clock=clock,
+            commands=Link(options, "commands", clock),
+            live=Channels(options, "live"),
+            signals=Channels(options, "signals"),
         )
         self._check = check
         self._min_dedupe_window = min_dedupe_window
         self._beats = Heartbeats(options)
-        self._log = ValkeyLog(self._core)
-        self._turns = ValkeyQueue(self._core, self._beats)
-        self._signals = ValkeySignals(self._core, self._beats)
+        self.log = ValkeyLog(self._core)
+        self.turns = ValkeyQueue(self._core, self._beats)
+        self.signals = ValkeySignals(self._core, self._beats)
         self._admin = ValkeyAdmin(self._core, streams or Streams())
-        self._reconnected = asyncio.Event()
+        self._watch = Watch(self._core, self._load, log)
 
     @property
     def capabilities(self) -> Capabilities:
@@ -99,21 +92,6 @@ class ValkeyBroker:
             lease_ttl=self._core.lease_ttl,
         )
 
-    @property
-    def turns(self) -> ValkeyQueue:
-        """The queue."""
-        return self._turns
-
-    @property
-    def log(self) -> ValkeyLog:
-        """The sessions' records."""
-        return self._log
-
-    @property
-    def signals(self) -> ValkeySignals:
-        """Live requests."""
-        return self._signals
-
     def now(self) -> float:
         """See `Broker.now`."""
         return self._core.clock.now()
@@ -127,44 +105,32 @@ class ValkeyBroker:
             Unavailable: The server cannot be reached.
             Misconfigured: It is too old, may throw records away, or is not set up.
         """
-        tasks = anyio.create_task_group()
-        await tasks.__aenter__()
-        self._core.tasks = tasks
+        await self._core.tasks.__aenter__()
         try:
             for wire in (self._core.commands, self._core.live, self._core.signals):
-                await tasks.start(wire.run)
+                await self._core.background.start(wire.run)
             seconds, micros = await self._core.command("TIME")
             self._core.clock.set(int(seconds) + int(micros) / 1e6)
             if self._check:
-                self._core.layout = await load(self._core, self._min_dedupe_window)
+                self._core.layout = await self._load()
                 self._warn(self._core.found.durable)
-            await self._signals.begin()
+            await self.signals.begin()
         except BaseException as error:
-            await self._close(type(error), error, error.__traceback__)
+            await self.__aexit__(type(error), error, error.__traceback__)
             raise
-        self._core.commands.on_connected = self._look
+        self._core.commands.on_connected = self._watch.look
         if self._check:
-            tasks.start_soon(self._watch)
+            self._core.background.start_soon(self._watch.run)
         return self
+
+    async def _load(self) -> Layout:
+        return await load(self._core, self._min_dedupe_window)
 
     async def __aexit__(self, *exc: object) -> None:
         """End the background tasks, close the connections."""
-        await self._close(*cast("_Exc", exc))
-
-    async def _close(self, *exc: object) -> None:
-        tasks = self._core.background
-        tasks.cancel_scope.cancel()
         try:
-            await tasks.__aexit__(*cast("_Exc", exc))
-        except BaseExceptionGroup as group:
-            # A task group wraps what the body raised; the body's exception goes on as it is.
-            others = [e for e in group.exceptions if e not in exc]
-            if len(others) > 1:
-                raise
-            if others:
-                raise others[0] from None
+            await self._core.tasks.__aexit__(*exc)
         finally:
-            self._core.tasks = None
             with anyio.CancelScope(shield=True):
                 await self._beats.stop()
 
@@ -174,30 +140,6 @@ class ValkeyBroker:
                 "%s has no append-only file: what is stored there does not survive it (appendonly yes)",
                 self._core.commands.options.shown,
             )
-
-    def _look(self) -> None:
-        self._reconnected.set()
-
-    async def _watch(self) -> None:
-        """See that what was set up stays as it is, and so that the server is still the one it was."""
-        while True:
-            with anyio.move_on_after(_LOOK * random.uniform(0.8, 1.2)):  # noqa: S311
-                await self._reconnected.wait()
-            self._reconnected = asyncio.Event()
-            try:
-                found = await load(self._core, self._min_dedupe_window)
-            except Unavailable as error:
-                log.debug("the settings cannot be looked at: %s", error)
-                continue
-            except Misconfigured as error:
-                log.error("what is promised does not hold now: %s", error)
-                continue
-            if found.partitions != self._core.found.partitions:
-                raise Misconfigured(
-                    f"namespace {self._core.namespace} has {found.partitions} partitions now, and had "
-                    f"{self._core.found.partitions}: whoever uses it must be started again"
-                )
-            self._core.layout = found
 
     # ----------------------------------------------------------------------------------------------- admin
 
@@ -210,7 +152,7 @@ class ValkeyBroker:
         done = await self._admin.setup(dry_run=dry_run)
         if not dry_run:
             self._core.forget_places()
-            self._core.layout = await load(self._core, self._min_dedupe_window)
+            self._core.layout = await self._load()
         return done
 
     async def stats(self) -> list[QueueStats]:

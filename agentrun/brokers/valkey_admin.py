@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from agentrun.broker import QueueStats
-from agentrun.brokers.nats_layout import Streams
+from agentrun.brokers.streams import Streams
 from agentrun.brokers.valkey_core import Core, Layout
 from agentrun.brokers.valkey_scripts import STATS
 from agentrun.errors import InvalidInput, Misconfigured
@@ -11,7 +11,6 @@ from agentrun.errors import InvalidInput, Misconfigured
 VERSION = "1"
 MIN_VALKEY = 8
 MIN_REDIS = 7
-MAX_PARTITIONS = 64
 _PAGE = "1000"
 
 
@@ -80,10 +79,6 @@ class ValkeyAdmin:
     def __init__(self, core: Core, wanted: Streams) -> None:
         self._core = core
         self._wanted = wanted
-        if wanted.partitions is not None and not 1 <= wanted.partitions <= MAX_PARTITIONS:
-            raise InvalidInput(f"partitions must be 1 to {MAX_PARTITIONS}, not {wanted.partitions}")
-        if wanted.delta_ttl is not None and wanted.delta_ttl < 1:
-            raise InvalidInput(f"delta_ttl must be at least 1 second, not {wanted.delta_ttl}")
         if (wanted.replicas or 1) > 1 or wanted.max_age:
             raise InvalidInput("Valkey's replicas are its own matter, and records have no greatest age there")
 

@@ -9,19 +9,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any, NamedTuple
-from zlib import crc32
 
 import anyio
-from anyio.abc import TaskGroup
 from msgspec import Struct
 from valkey.exceptions import NoScriptError, ResponseError
 
 from agentrun.broker import Kind, Pending, Record, Tail
-from agentrun.brokers.clock import ServerClock
+from agentrun.brokers.shared import Shared
+from agentrun.brokers.streams import partition_of
 from agentrun.brokers.valkey_channels import Channels
 from agentrun.brokers.valkey_link import Link, NotConnected, NotSent
 from agentrun.brokers.valkey_scripts import Script
-from agentrun.errors import Misconfigured, Unavailable
+from agentrun.errors import Unavailable
 from agentrun.wire import check_id
 
 PATIENCE = 15.0
@@ -99,39 +98,16 @@ class Layout(Struct, frozen=True):
     durable: bool
 
 
-@dataclass
-class Core:
+@dataclass(kw_only=True)
+class Core(Shared[Layout]):
     """Shared state of one `ValkeyBroker`."""
 
-    namespace: str
-    lease_ttl: float
     commands: Link
     live: Channels
     signals: Channels
-    clock: ServerClock
-    layout: Layout | None = None
-    tasks: TaskGroup | None = None
     id: str = field(default_factory=lambda: secrets.token_hex(6))
     """Names this connection among all."""
     _places: dict[str, Place] = field(default_factory=dict[str, Place])
-
-    @property
-    def found(self) -> Layout:
-        """The layout.
-
-        Raises:
-            Misconfigured: There is none yet.
-        """
-        if self.layout is None:
-            raise Misconfigured(f"namespace {self.namespace} is not set up (or not checked): run `agentrun setup`")
-        return self.layout
-
-    @property
-    def background(self) -> TaskGroup:
-        """Where tasks run that outlive a call."""
-        if self.tasks is None:
-            raise RuntimeError("the broker is not open: use it inside `async with`")
-        return self.tasks
 
     @property
     def names(self) -> str:
@@ -154,7 +130,7 @@ class Core:
             check_id("session", session)
             if len(self._places) >= _PLACES:
                 self._places.clear()
-            prefix = self.prefix(crc32(session.encode()) % self.found.partitions)
+            prefix = self.prefix(partition_of(session, self.found.partitions))
             place = self._places[session] = Place(prefix, f"{prefix}t:{session}")
         return place
 
@@ -236,5 +212,6 @@ class Core:
     def silence(self, seconds: float) -> str:
         """What to say when no answer came."""
         if self.commands.connected:
-            return f"no answer from {self.commands.options.shown} within {seconds:g} s"
+            because = f" ({self.commands.last_error})" if self.commands.last_error else ""
+            return f"no answer from {self.commands.options.shown} within {seconds:g} s{because}"
         return self.commands.gone

@@ -41,7 +41,7 @@ BACKOFF = 2.0
 """Seconds between two tries to connect, at most."""
 _CHUNK = 1 << 16
 
-_TRANSIENT = ("BUSY", "CLUSTERDOWN", "LOADING", "MASTERDOWN", "MISCONF", "NOREPLICAS", "TRYAGAIN", "UNBLOCKED")
+_TRANSIENT = ("BUSY", "CLUSTERDOWN", "LOADING", "MASTERDOWN", "MISCONF", "NOREPLICAS", "UNBLOCKED")
 _Reply = Any
 
 
@@ -164,6 +164,7 @@ class Wire(ABC):
 
     async def _serve(self, connection: AbstractConnection, task_status: TaskStatus[None] | None) -> None:
         self._out.clear()
+        self.last_error = ""
         self._heard = anyio.current_time()
         self.connected = True
         self._on_connected()
@@ -347,7 +348,11 @@ class Link(Wire):
         if text.startswith(_TRANSIENT):
             self.last_error = text
             return NotSent(text)
-        if text.startswith(("MOVED", "CROSSSLOT", "ASK")):
+        if text.startswith(("ASK", "TRYAGAIN")) or "non local key" in text:
+            # A script that is broken off for that has not changed anything (see `foresee` there).
+            self.last_error = "the partition is being moved to another node of the cluster"
+            return NotSent(text)
+        if text.startswith(("MOVED", "CROSSSLOT")):
             return Misconfigured(f"{self.options.shown} is one node of a cluster with several: {text}")
         if "OOM" in text or "maxmemory" in text:
             self.last_error = "the server is out of memory"

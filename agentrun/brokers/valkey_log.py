@@ -8,12 +8,13 @@ from contextlib import AbstractAsyncContextManager
 from typing import Any, NamedTuple
 
 from agentrun.broker import Kind, Pending, Record, Tail
+from agentrun.brokers.checks import check_record
 from agentrun.brokers.valkey_core import MAX_BODY, Core, Stored, code_of, tail_of
 from agentrun.brokers.valkey_follow import Follower
 from agentrun.brokers.valkey_link import log
 from agentrun.brokers.valkey_read import page
 from agentrun.brokers.valkey_scripts import APPEND, DELETE, TAIL
-from agentrun.errors import Conflict, Duplicate, InvalidInput, RecordsLost, TooLarge
+from agentrun.errors import Conflict, Duplicate, RecordsLost
 from agentrun.wire import check_id
 
 REMEMBERED = 7 * 86400
@@ -55,10 +56,7 @@ class ValkeyLog:
         Raises:
             RecordsLost: The session's end at the server is before ``after``: it has lost what it had acknowledged.
         """
-        if len(body) > MAX_BODY:
-            raise TooLarge(len(body), MAX_BODY)
-        if kind is Kind.TURN and agent is None:
-            raise InvalidInput("a record of kind TURN needs the agent it is queued for")
+        check_record(kind, agent, body, MAX_BODY)
         place, found = self._core.place(session), self._core.found
         args = (
             place.prefix,

@@ -16,12 +16,13 @@ from valkey.exceptions import ResponseError
 
 from agentrun.bell import Bell, Ear
 from agentrun.broker import Hold, Record, Tail
+from agentrun.brokers.checks import check_lease_ttl, not_open
 from agentrun.brokers.valkey_beat import Heartbeats
 from agentrun.brokers.valkey_channels import Subscriber
 from agentrun.brokers.valkey_core import Core, Stored, tail_of
 from agentrun.brokers.valkey_link import NotConnected, NotSent, log
 from agentrun.brokers.valkey_scripts import ACK, GIVE_BACK, LEASE
-from agentrun.errors import Misconfigured, Unavailable
+from agentrun.errors import Unavailable
 from agentrun.wire import check_id
 
 SETTLE = 10.0
@@ -95,13 +96,9 @@ class ValkeyQueue:
         check_id("agent", agent)
         key = f"{self._core.names}agents"
         wanted = lease_ttl or self._core.lease_ttl
-        await self._core.command("HSETNX", key, agent, f"{wanted:g}")
+        await self._core.command("HSETNX", key, agent, str(wanted))
         found = float(await self._core.command("HGET", key, agent))
-        if found != float(f"{wanted:g}") and lease_ttl is not None:
-            raise Misconfigured(
-                f"the queue of agent {agent} has a lease time of {found:g} s, not {lease_ttl:g} s: "
-                "ask for the same, or take another name"
-            )
+        check_lease_ttl(agent, found, lease_ttl)
         self._beats.start()
         if agent not in self._agents:
             prefixes = [self._core.prefix(number) for number in range(self._core.found.partitions)]
@@ -115,7 +112,7 @@ class ValkeyQueue:
         """See `TurnQueue.lease`. While there is no connection, nothing is given."""
         state = self._agents.get(agent)
         if state is None:
-            raise Misconfigured(f"the queue of agent {agent} is not open: call turns.open({agent!r}) first")
+            raise not_open(agent)
         end = anyio.current_time() + wait
         ear = Ear(state.bell)
         try:
@@ -183,7 +180,7 @@ class ValkeyQueue:
         """Give back what was given to a caller that had gone."""
         if done.cancelled() or isinstance(done.exception(), NotConnected | ResponseError):
             return
-        if done.result()[0] == b"lease" and self._core.tasks is not None:
+        if done.result()[0] == b"lease" and self._core.tasks.running:
             lease = self._lease(state, token, done.result())
             self._core.background.start_soon(self._give_back_quietly, lease)
 

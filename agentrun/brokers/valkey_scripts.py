@@ -135,6 +135,24 @@ local function listed(P, agent, member)
     or call('ZSCORE', P .. 'a:' .. agent, member)
 end
 
+-- While a cluster moves a slot key by key, it breaks a script off at the first key that is not there, also at one that
+-- never was. So what a step may touch behind its first change it looks up before: what is broken off was not begun.
+-- Here: the lists of an agent, and of those whose inputs these entries are.
+local function foresee(s, agent, ...)
+  local fields, seen = {}, {}
+  for _, list in ipairs({...}) do
+    for _, entry in ipairs(list) do fields[#fields + 1] = 'q' .. entry[1] end
+  end
+  local agents = #fields > 0 and call('HMGET', s.T, unpack(fields)) or {}
+  agents[#agents + 1] = agent
+  for _, name in ipairs(agents) do
+    if name and not seen[name] then
+      seen[name] = true
+      call('EXISTS', s.P .. 'n:' .. name, s.P .. 'r:' .. name, s.P .. 'l:' .. name, s.P .. 'a:' .. name)
+    end
+  end
+end
+
 -- Takes an input off the queue for ever; returns its agent, if it was queued.
 local function unqueue(s, offset)
   local agent = call('HGET', s.T, 'q' .. offset)
@@ -217,6 +235,10 @@ if tonumber(given) < tonumber(s.given) or offset ~= s.offset or (cursor ~= '0' a
   return {'conflict', unpack(tail(s))}
 end
 
+if kind == 't' then call('EXISTS', P .. 's') end
+if kind == 't' or pending ~= s.pending then
+  foresee(s, kind == 't' and agent, entries(s.pending), entries(pending))
+end
 local t = now()
 t = math.max(t, tonumber(s.last) + 1, tonumber(s.deleted) + 1)
 local o, time = int(tonumber(given) + 1), int(t)
@@ -325,6 +347,8 @@ DELETE = Script(
 local P, S, N = ARGV[1], ARGV[2], ARGV[3]
 local s = load(P, S)
 if not s.exists then return 0 end
+call('EXISTS', s.E, s.D, P .. 's')
+foresee(s, false, entries(s.pending))
 for _, entry in ipairs(entries(s.pending)) do unqueue(s, entry[1]) end
 local t = int(math.max(now(), tonumber(s.last) + 1))
 call('DEL', s.T, s.E, s.D)
@@ -345,6 +369,8 @@ LEASE = Script(
 local P, N, agent, token, ttl = ARGV[1], ARGV[2], ARGV[3], ARGV[4], tonumber(ARGV[5])
 local t = now()
 local GRACE = 200000
+
+call('EXISTS', P .. 'g:' .. token, P .. 'r:' .. agent, P .. 'l:' .. agent, P .. 'a:' .. agent)
 
 local function same_holder(one, other) return string.match(one, '^%x+') == string.match(other, '^%x+') end
 
@@ -380,6 +406,7 @@ for _, list in ipairs({'l:', 'a:', 'r:'}) do
       passed = passed + 1
       soonest = math.min(again, soonest or again)
     else
+      foresee(s, false, entries(s.pending), {{offset}})
       call('ZREM', key, member)
       if ours then let_go(s) end
       local busy = not ours and lease[1] and tonumber(lease[2]) > t
@@ -412,6 +439,7 @@ local P, S, offset, token, agent = ARGV[1], ARGV[2], ARGV[3], ARGV[4], ARGV[5]
 local T = P .. 't:' .. S
 local lease = call('HMGET', T, 'lo', 'lt')
 if lease[1] ~= offset or lease[2] ~= token then return 0 end
+call('EXISTS', P .. 'l:' .. agent)
 local till = int(now() + tonumber(ARGV[6]))
 call('HSET', T, 'lx', till)
 call('ZADD', P .. 'l:' .. agent, 'XX', till, offset .. ':' .. S)
@@ -427,6 +455,7 @@ ACK = Script(
 local s = load(ARGV[1], ARGV[2])
 local lease = call('HMGET', s.T, 'lo', 'lt')
 if lease[1] ~= ARGV[4] or lease[2] ~= ARGV[5] then return 0 end
+foresee(s, false, entries(s.pending), {{ARGV[4]}})
 let_go(s)
 unqueue(s, ARGV[4])
 requeue(s, ARGV[3], s.pending, s.pending, now())
@@ -443,6 +472,7 @@ local P, S, N, offset, token = ARGV[1], ARGV[2], ARGV[3], ARGV[4], ARGV[5]
 local s, t = load(P, S), now()
 local v = call('HMGET', s.T, 'lo', 'lt', 'q' .. offset)
 if v[1] ~= offset or (token ~= '' and v[2] ~= token) then return 0 end
+foresee(s, false, entries(s.pending), {{offset}})
 let_go(s)
 local agent = v[3]
 if agent then

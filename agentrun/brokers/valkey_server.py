@@ -36,26 +36,10 @@ def find_valkey_server() -> str:
 class ValkeyServer(ServerProcess):
     """One valkey-server with an append-only file on 127.0.0.1, that ends with this process.
 
-    An async context manager; `start` and `stop` do the same for code that is not async.
-
-    Args:
-        data: Where the append-only file is kept; None: a temporary directory, removed by `stop`.
-        port: The port; 0: a free one, kept over `restart`.
-        binary: The server to run; None: the installed one.
-        settings: More lines for the server's configuration file.
+    See `ServerProcess` for its arguments; ``settings`` are lines of its configuration file.
     """
 
-    def __init__(
-        self, *, data: Path | None = None, port: int = 0, binary: str | None = None, settings: str = ""
-    ) -> None:
-        super().__init__("valkey", data=data, port=port)
-        self._binary = binary
-        self._settings = settings
-
-    @property
-    def url(self) -> str:
-        """Where the server listens, as ``valkey://127.0.0.1:port``."""
-        return f"valkey://127.0.0.1:{self._port}"
+    kind = "valkey"
 
     def command(self, run: Path, data: Path) -> list[str]:
         """See `ServerProcess.command`."""

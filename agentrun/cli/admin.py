@@ -10,7 +10,7 @@ import msgspec
 
 from agentrun import brokers
 from agentrun.broker import BrokerAdmin, QueueStats
-from agentrun.brokers.nats_layout import Streams
+from agentrun.brokers.streams import Streams
 from agentrun.cli.common import App, Fatal, command, duration, json_option, option
 from agentrun.cli.lines import columns
 from agentrun.errors import InvalidInput

@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import AsyncGenerator
 from contextlib import aclosing
 
-import anyio.to_thread
 import click
 import msgspec
 
+from agentrun.cli import stdin
 from agentrun.cli.common import App, Fatal, command, json_option, option
 from agentrun.errors import AgentrunError, SessionBusy, SessionGone
 from agentrun.moving import all_sessions, export_session, import_sessions
-
-_AT_ONCE = 1 << 16
-"""Bytes of stdin that are read at a time, and the rest of a line."""
 
 
 @command("export")
@@ -62,7 +58,7 @@ async def import_(app: App, as_json: bool) -> int:
     if sys.stdin.isatty():
         raise Fatal("what is to be imported comes from stdin: agentrun import < FILE", 2)
     sessions = records = known = refused = 0
-    async with app.client() as client, aclosing(import_sessions(client.broker, _stdin())) as moves:
+    async with app.client() as client, aclosing(import_sessions(client.broker, stdin.lines())) as moves:
         async for moved in moves:
             records += moved.records
             known += moved.known
@@ -80,10 +76,3 @@ async def import_(app: App, as_json: bool) -> int:
 
 def _say(error: AgentrunError) -> None:
     click.echo(f"agentrun: {' '.join(str(error).split())}", err=True)
-
-
-async def _stdin() -> AsyncGenerator[bytes]:
-    read = sys.stdin.buffer.readlines
-    while lines := await anyio.to_thread.run_sync(read, _AT_ONCE, abandon_on_cancel=True):
-        for line in lines:
-            yield line

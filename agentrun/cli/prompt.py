@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import codecs
-import os
 import re
-import sys
 from collections.abc import AsyncGenerator, Generator
 from contextlib import contextmanager
 from typing import Literal, NamedTuple, TextIO
 
-import anyio
 from rich.cells import cell_len
+
+from agentrun.cli import stdin
 
 __all__ = ["Editor", "Key", "cooked_lines", "keys", "raw_terminal"]
 
@@ -130,24 +129,9 @@ def raw_terminal(fd: int, out: TextIO) -> Generator[None]:
         termios.tcsetattr(fd, termios.TCSADRAIN, before)
 
 
-async def _chunks() -> AsyncGenerator[bytes]:
-    fd = sys.stdin.fileno()
-    waits = True
-    while True:
-        if waits:
-            try:
-                await anyio.wait_readable(fd)
-            except PermissionError:
-                waits = False  # a file: always readable
-        chunk = os.read(fd, 4096)
-        yield chunk
-        if not chunk:
-            return
-
-
 async def keys(editor: Editor) -> AsyncGenerator[Key]:
     """What is done at the terminal, for ever; its end is a wish to leave."""
-    async for chunk in _chunks():
+    async for chunk in stdin.chunks():
         for key in editor.feed(chunk):
             yield key
         yield Key("leave") if not chunk else Key("line", "")
@@ -155,11 +139,6 @@ async def keys(editor: Editor) -> AsyncGenerator[Key]:
 
 async def cooked_lines() -> AsyncGenerator[Key]:
     """The lines of stdin, which is no terminal; its end is a wish to leave."""
-    rest = b""
-    async for chunk in _chunks():
-        *lines, rest = (rest + chunk).split(b"\n")
-        if not chunk and rest:
-            lines.append(rest)
-        for line in lines:
-            yield Key("line", line.decode(errors="replace"))
+    async for line in stdin.lines():
+        yield Key("line", line.decode(errors="replace"))
     yield Key("leave")

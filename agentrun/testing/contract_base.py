@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable
 from contextlib import AbstractAsyncContextManager
 
@@ -31,34 +32,35 @@ class Settings(Struct, frozen=True):
     """Whether the check uses `Environment.drop_next_ack` or `Environment.cut`."""
 
 
-class Environment:
+class Environment(ABC):
     """One empty broker, set up, to be given to one check. Third parties subclass it.
 
-    A check that needs a method you did not write fails and names it; nothing is skipped.
+    All of it is needed, and no check is skipped. What you have not written yet may raise an error: then only the checks
+    that need it fail.
     """
 
+    @abstractmethod
     def open(self) -> AbstractAsyncContextManager[Broker]:
         """A new, independent connection to this environment's broker."""
-        raise NotImplementedError("Environment.open: return a new connection to the broker")
 
+    @abstractmethod
     async def drop_next_ack(self, broker: Broker) -> None:
         """Lose the answer to the next append through this connection, after the append is stored."""
-        raise NotImplementedError("Environment.drop_next_ack: lose the answer to the connection's next append")
 
+    @abstractmethod
     async def cut(self, broker: Broker) -> None:
         """Break this connection for a moment, as a network does; it may come back by itself. Return once it broke.
 
         A broker without a network has nothing to break and returns at once.
         """
-        raise NotImplementedError("Environment.cut: break the connection for a moment")
 
+    @abstractmethod
     async def trim(self, session: str, through: int) -> None:
         """Remove the session's records up to this offset, as an age or size limit of the broker does."""
-        raise NotImplementedError("Environment.trim: remove the session's first records")
 
+    @abstractmethod
     async def restart(self) -> None:
         """Restart the broker. No connection is open meanwhile."""
-        raise NotImplementedError("Environment.restart: restart the broker")
 
 
 Environments = Callable[[Settings], AbstractAsyncContextManager[Environment]]

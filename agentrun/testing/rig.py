@@ -24,6 +24,7 @@ from anyio.abc import TaskStatus
 
 from agentrun import brokers, wire
 from agentrun.agent import Agent
+from agentrun.background import Background
 from agentrun.broker import Broker, BrokerAdmin, Hold, Kind, SessionLog
 from agentrun.brokers.memory import MemoryBroker, MemoryState
 from agentrun.client import Client
@@ -150,17 +151,9 @@ class Rig:
         running = RunningWorker(
             broker, agents, log=self.broker.log, settings=settings or SETTINGS, mishaps=mishaps, name=name
         )
-        failure: Exception | None = None
-        async with anyio.create_task_group() as group:
-            try:
-                await group.start(partial(_run, running, self.broker))
-                yield running
-            except Exception as error:
-                # Not through the task group, which would wrap it: it is the test's own.
-                failure = error
-            group.cancel_scope.cancel()
-        if failure is not None:
-            raise failure
+        async with Background() as background:  # which wraps no error of the test's own
+            await background.group.start(partial(_run, running, self.broker))
+            yield running
 
 
 async def _hand_over(broker: Broker, hold: Hold, worker: str) -> None:

@@ -145,7 +145,7 @@ class ScriptedModel:
                 case Stall():
                     await anyio.sleep_forever()
                 case Fail():
-                    raise ModelError(step.message, int(step.code or 500))
+                    raise ModelError(step.message, int(step.code) if step.code and step.code.isdecimal() else 500)
                 case Refuse():
                     after = step.headers.get("retry-after")
                     raise ModelError(step.message, step.status, None if after is None else float(after))

@@ -19,6 +19,7 @@ from msgspec import Struct
 
 from agentrun import wire
 from agentrun.agent import Agent
+from agentrun.background import Background
 from agentrun.broker import Broker, Kind, Pending
 from agentrun.brokers.memory_state import MemoryState, QueuedInput
 from agentrun.client import Event, Receipt, Turn
@@ -109,7 +110,8 @@ async def run_turn(
             `agentrun.testing.mishaps`; the agent gets no further. A type, such as ``tool.call`` or ``input.required``:
             when such an event is in the log; the agent goes on until the stop reaches it.
         deadline: Seconds after which it expires.
-        mishaps: What befalls the workers.
+        mishaps: What befalls the workers. One that the answer is too short for is an error, unless the turn ends in
+            another way than by being completed.
         settings: The workers' times and limits, such as ``WorkerSettings(ask_hold=0)`` to suspend at each question.
         user: Who sends it.
         metadata: As for `agentrun.Session.send`.
@@ -117,6 +119,7 @@ async def run_turn(
 
     Raises:
         TimeoutError: It has not ended within ``timeout``; the message says how far it came.
+        AssertionError: A mishap has not happened.
         LookupError: The agent asked something that ``answers`` does not have.
         InvalidInput: An answer does not fit its question, or another argument cannot be used.
     """
@@ -125,21 +128,20 @@ async def run_turn(
     session = rig.client.session(_SESSION, agent=agent.name)
     turn = await session.send(input, deadline=deadline, user=user, metadata=metadata)
     play = _Play(turn, answers, stop_after, deadline)
-    failure: Exception | None = None
-    async with anyio.create_task_group() as group:
-        group.start_soon(_work, rig, agent, settings or _SETTINGS, [*map(halt_of, mishaps), *play.halts])
-        group.start_soon(play.stop)
-        try:
-            with anyio.fail_after(timeout):
-                await play.watch()
-        except TimeoutError:
-            failure = TimeoutError(f"the turn has not ended within {timeout:g} s; its events: {play.so_far}")
-        except Exception as error:
-            failure = error
-        group.cancel_scope.cancel()
-    if failure is not None:
-        raise failure
-    return _result((await session.history()).turns[turn.id], play)
+    befalls = [(mishap, halt_of(mishap)) for mishap in mishaps]
+    async with Background() as background:
+        halts = [*(halt for _, halt in befalls), *play.halts]
+        background.group.start_soon(_work, rig, agent, settings or _SETTINGS, halts)
+        background.group.start_soon(play.stop)
+        with anyio.move_on_after(timeout) as scope:
+            await play.watch()
+        if scope.cancelled_caught:
+            raise TimeoutError(f"the turn has not ended within {timeout:g} s; its events: {play.so_far}")
+    view = (await session.history()).turns[turn.id]
+    missed = [mishap for mishap, halt in befalls if not halt.done]
+    if missed and view.state == "completed":
+        raise AssertionError(f"the turn was completed before this could happen: {missed[0]}")
+    return _result(view, play)
 
 
 async def _work(rig: Rig, agent: Agent, settings: WorkerSettings, halts: Sequence[Halt]) -> None:

@@ -94,7 +94,7 @@ async def test_objects_with_a_call_are_tools() -> None:
 def test_what_cannot_be_described_is_refused_when_declared() -> None:
     def many(*args: int) -> None: ...
 
-    def strange(a: threading.Lock) -> None: ...  # type: ignore[name-defined]  # noqa: F821
+    def strange(a: threading.Lock) -> None: ...  # noqa: F821
 
     for fn in (many, strange):
         with pytest.raises(InvalidInput, match=fn.__name__):

@@ -39,7 +39,7 @@ async def die_in_an_append(path: str) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
         return tail
 
-    Append.store = store_and_die  # type: ignore[method-assign]
+    Append.store = store_and_die
     async with SqliteBroker(path) as broker:
         owner = await own(broker, "s", 1)
         await owner.append(b"last", kind=Kind.DELTA)

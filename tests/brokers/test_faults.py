@@ -16,7 +16,7 @@ TTL = 0.3
 
 
 def faulty(state: MemoryState | None = None, **faults: object) -> FaultyBroker:
-    return FaultyBroker(MemoryBroker(state=state or MemoryState(lease_ttl=TTL)), Faults(**faults))  # type: ignore[arg-type]
+    return FaultyBroker(MemoryBroker(state=state or MemoryState(lease_ttl=TTL)), Faults(**faults))
 
 
 async def append(broker: Broker, body: bytes = b"x", session: str = "s") -> Tail:

@@ -115,8 +115,8 @@ async def test_what_is_done_with_a_lost_lease_does_nothing() -> None:
         assert await take(broker, within=0) is None
         clock.now += 2
         again = await must_take(broker, "s", 1, within=0)
-        assert not new.held  # type: ignore[attr-defined]
-        assert again.held  # type: ignore[attr-defined]
+        assert not new.held
+        assert again.held
 
 
 async def test_a_lease_of_a_deleted_session_leaves_the_new_one_alone() -> None:

@@ -21,7 +21,8 @@ from agentrun.brokers.nats_layout import stream_name
 from agentrun.brokers.server import NatsServer
 from agentrun.errors import AgentrunError
 from agentrun.testing import CHECKS, Settings, run_check
-from tests.brokers.nats_environment import NatsEnvironment, new_namespace
+from tests.brokers.nats_environment import NatsEnvironment
+from tests.brokers.server_environment import new_namespace
 
 
 def free_port() -> int:

@@ -18,7 +18,7 @@ from agentrun.brokers.nats_link import Msg
 from agentrun.brokers.server import NatsServer
 from agentrun.errors import SessionGone, Unavailable
 from agentrun.testing import Settings
-from tests.brokers.nats_environment import NatsEnvironment, NatsEnvironments, Proxy
+from tests.brokers.nats_environment import NatsEnvironment, NatsEnvironments, NatsProxy
 
 
 @pytest.fixture
@@ -168,7 +168,7 @@ async def test_a_session_whose_work_ends_is_looked_up_less_often(
 
 
 async def test_following_goes_on_when_connections_break(env: NatsEnvironment) -> None:
-    async with Proxy(env.server.port) as proxy, env.broker(proxy.url) as readers, env.broker() as writer:
+    async with NatsProxy(env.server.port) as proxy, env.broker(proxy.url) as readers, env.broker() as writer:
         seen: dict[int, list[int]] = {}
 
         async def read(n: int) -> None:
@@ -183,7 +183,7 @@ async def test_following_goes_on_when_connections_break(env: NatsEnvironment) ->
         assert [seen[n] for n in range(6)] == [list(range(1, 151)), rest] * 3
 
 
-async def cut_often(proxy: Proxy) -> None:
+async def cut_often(proxy: NatsProxy) -> None:
     for _ in range(3):
         await anyio.sleep(0.25)
         proxy.cut()
@@ -305,7 +305,7 @@ async def test_readers_that_come_back_together_ask_by_and_by(env: NatsEnvironmen
     """Each reads what it missed; asked all at once, a server that is slow would be asked again and again."""
     count = 300
     async with (
-        Proxy(env.server.port) as proxy,
+        NatsProxy(env.server.port) as proxy,
         env.broker(proxy.url) as broker,
         env.broker() as writer,
         anyio.create_task_group() as group,
@@ -320,7 +320,7 @@ async def test_readers_that_come_back_together_ask_by_and_by(env: NatsEnvironmen
             asked += "DIRECT.GET" in subject
             await publish(subject, *arguments, **more)
 
-        reads.publish = counting  # type: ignore[method-assign]
+        reads.publish = counting
 
         async def read(n: int) -> None:
             async with broker.log.follow(f"s{n}", deltas=deltas) as lists:

@@ -16,7 +16,7 @@ from agentrun.brokers.nats import NatsBroker
 from agentrun.brokers.server import NatsServer
 from agentrun.errors import Conflict, Duplicate, InvalidInput, SessionGone, TooLarge, Unavailable
 from agentrun.testing import Settings
-from tests.brokers.nats_environment import NatsEnvironment, NatsEnvironments, Proxy
+from tests.brokers.nats_environment import NatsEnvironment, NatsEnvironments, NatsProxy
 
 
 @pytest.fixture
@@ -42,7 +42,7 @@ async def records(broker: NatsBroker, session: str) -> list[Record]:
 
 
 async def test_a_lost_ack_is_resolved_from_the_log(env: NatsEnvironment) -> None:
-    async with Proxy(env.server.port) as proxy, env.broker(proxy.url) as broker:
+    async with NatsProxy(env.server.port) as proxy, env.broker(proxy.url) as broker:
         tail = await fill(broker, "s", 2)
         proxy.losing = 1
         tail = await broker.log.append("s", b"mine", kind=Kind.EVENT, after=tail, pending=Pending())
@@ -53,7 +53,7 @@ async def test_a_lost_ack_is_resolved_from_the_log(env: NatsEnvironment) -> None
 
 
 async def test_a_lost_ack_of_an_input_with_a_key_is_no_duplicate(env: NatsEnvironment) -> None:
-    async with Proxy(env.server.port) as proxy, env.broker(proxy.url) as broker:
+    async with NatsProxy(env.server.port) as proxy, env.broker(proxy.url) as broker:
         proxy.losing = 1
         after = Tail()
         tail = await broker.log.append(
@@ -66,7 +66,7 @@ async def test_a_lost_ack_of_an_input_with_a_key_is_no_duplicate(env: NatsEnviro
 
 
 async def test_the_same_bytes_of_another_writer_are_not_taken_for_ours(env: NatsEnvironment) -> None:
-    async with Proxy(env.server.port) as proxy, env.broker(proxy.url) as one, env.broker() as two:
+    async with NatsProxy(env.server.port) as proxy, env.broker(proxy.url) as one, env.broker() as two:
         outcomes: list[str] = []
 
         async def late() -> None:
@@ -88,7 +88,7 @@ async def test_the_same_bytes_of_another_writer_are_not_taken_for_ours(env: Nats
 
 
 async def test_an_append_while_disconnected_gives_up_and_is_never_stored(env: NatsEnvironment) -> None:
-    async with Proxy(env.server.port) as proxy, env.broker(proxy.url) as broker, env.broker() as other:
+    async with NatsProxy(env.server.port) as proxy, env.broker(proxy.url) as broker, env.broker() as other:
         tail = await fill(broker, "s", 1)
         proxy.refusing = True
         proxy.cut()

@@ -14,7 +14,7 @@ import pytest
 from agentrun.broker import Kind, Pending, Tail
 from agentrun.brokers.nats import NatsBroker
 from agentrun.brokers.server import NatsServer
-from tests.brokers.nats_environment import new_namespace
+from tests.brokers.server_environment import new_namespace
 
 GREETED = 40
 

@@ -20,7 +20,8 @@ from agentrun.brokers.nats_layout import stream_name
 from agentrun.brokers.nats_link import ApiError, Link
 from agentrun.brokers.server import NatsServer
 from agentrun.errors import InvalidInput, Misconfigured, Unavailable
-from tests.brokers.nats_environment import drop_streams, new_namespace
+from tests.brokers.nats_environment import drop_streams
+from tests.brokers.server_environment import new_namespace
 
 
 @asynccontextmanager

@@ -425,7 +425,7 @@ async def test_urls_name_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.chdir(tmp_path)
     for namespace in ("default", "other"):
         async with connect("sqlite:///dev file.db", namespace=namespace, check=False) as broker:
-            await broker.setup()  # type: ignore[attr-defined]
+            await broker.setup()
             await send(broker, namespace)
     async with connect(f"sqlite:///{tmp_path}/dev file.db") as broker:
         assert (await broker.log.last("default")).offset == 1

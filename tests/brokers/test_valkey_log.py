@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import socket
 from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 
@@ -11,13 +10,12 @@ import anyio
 import pytest
 
 from agentrun.broker import Broker, Kind, Pending, Record, Tail
-from agentrun.brokers.valkey import Streams, ValkeyBroker
+from agentrun.brokers.valkey import ValkeyBroker
 from agentrun.brokers.valkey_server import ValkeyServer
 from agentrun.errors import Conflict, RecordsLost, SessionGone
 from agentrun.testing import Settings
-from agentrun.testing.contract_players import until
-from tests.brokers.nats_environment import new_namespace
-from tests.brokers.valkey_environment import Proxy, ValkeyEnvironment, ValkeyEnvironments, client
+from tests.brokers.server_environment import new_namespace
+from tests.brokers.valkey_environment import ValkeyEnvironment, ValkeyEnvironments, ValkeyProxy, client
 
 
 async def append(broker: Broker, body: bytes = b"", *, kind: Kind = Kind.EVENT, session: str = "s") -> Tail:
@@ -198,7 +196,7 @@ async def test_scripts_that_were_flushed_are_loaded_again(valkey_environments: V
 async def test_a_server_that_hangs_is_left_and_found_again(valkey_environments: ValkeyEnvironments) -> None:
     async with (
         valkey_environments(Settings()) as environment,
-        Proxy(environment.server.port) as proxy,
+        ValkeyProxy(environment.server.port) as proxy,
         environment.broker(proxy.url) as broker,
         broker.log.follow("s") as records,
     ):
@@ -218,7 +216,7 @@ def test_connections_that_break_while_it_is_written_lose_and_double_nothing(
         environment = ValkeyEnvironment(valkey_server, Settings(), new_namespace())
         async with environment.broker(check=False) as operator:
             await operator.setup()
-        async with Proxy(valkey_server.port) as proxy, environment.broker(proxy.url) as broker:
+        async with ValkeyProxy(valkey_server.port) as proxy, environment.broker(proxy.url) as broker:
             sent: list[bytes] = []
 
             async def write() -> None:
@@ -241,38 +239,3 @@ def test_connections_that_break_while_it_is_written_lose_and_double_nothing(
             assert [record.body for record in seen] == sent
 
     anyio.run(main, backend_options={"use_uvloop": uvloop})
-
-
-async def test_all_keys_of_a_step_are_in_one_slot_of_a_cluster() -> None:
-    with socket.socket() as bus:
-        bus.bind(("127.0.0.1", 0))
-        port = bus.getsockname()[1]
-    with ValkeyServer(settings=f"cluster-enabled yes\ncluster-port {port}") as server:
-        async with client(server) as valkey:
-
-            async def ready() -> bool:
-                return b"cluster_state:ok" in await valkey.execute_command("CLUSTER", "INFO")
-
-            await valkey.execute_command("CLUSTER", "ADDSLOTSRANGE", "0", "16383")
-            assert await until(ready)
-        environment = ValkeyEnvironment(server, Settings(), "n", 4)
-        async with environment.broker(check=False, streams=Streams(partitions=4)) as broker:
-            await broker.setup()
-            await broker.turns.open("agent")
-            for number in range(12):
-                session, pending = f"s{number}", Pending().add(1)
-                tail = await broker.log.append(
-                    session, b"", kind=Kind.TURN, after=Tail(), pending=pending, agent="agent", dedupe="key"
-                )
-                await broker.log.append(session, b"", kind=Kind.DELTA, after=tail, pending=pending)
-            for number in range(12):
-                lease = await broker.turns.lease("agent", wait=5)
-                assert lease is not None
-                await (lease.ack() if number % 2 else lease.nack(delay=60))
-                assert await offsets_of(broker, lease.session) == [1, 2]
-            (stats,) = await broker.stats()
-            assert (stats.waiting, stats.leased) == (6, 0)
-            found = await broker.sessions()
-            assert sorted(found) == sorted(f"s{n}" for n in range(12))
-            await broker.log.delete("s1")
-            assert len(await broker.sessions()) == 11

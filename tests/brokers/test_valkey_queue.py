@@ -14,7 +14,7 @@ from agentrun.brokers.valkey_server import ValkeyServer
 from agentrun.errors import Unavailable
 from agentrun.testing import CHECKS, Settings
 from agentrun.testing.contract_players import AGENT, PATIENCE, must_not_take, must_take, own, send
-from tests.brokers.valkey_environment import Proxy, ValkeyEnvironment, ValkeyEnvironments, client
+from tests.brokers.valkey_environment import ValkeyEnvironment, ValkeyEnvironments, ValkeyProxy, client
 
 LONG = Settings(lease_ttl=60.0)
 
@@ -68,7 +68,7 @@ async def test_a_lease_whose_answer_is_lost_is_the_same_when_asked_again(
 ) -> None:
     async with (
         valkey_environments(LONG) as environment,
-        Proxy(environment.server.port) as proxy,
+        ValkeyProxy(environment.server.port) as proxy,
         environment.broker(proxy.url) as broker,
     ):
         await broker.turns.open(AGENT)
@@ -81,7 +81,7 @@ async def test_a_lease_whose_answer_is_lost_is_the_same_when_asked_again(
 async def test_a_handing_back_whose_answer_is_lost_is_not_repeated(valkey_environments: ValkeyEnvironments) -> None:
     async with (
         valkey_environments(LONG) as environment,
-        Proxy(environment.server.port) as proxy,
+        ValkeyProxy(environment.server.port) as proxy,
         environment.broker(proxy.url) as broker,
         environment.broker() as other,
     ):

@@ -22,10 +22,11 @@ from cryptography.x509.oid import NameOID
 
 from agentrun import brokers
 from agentrun.broker import Kind, Pending, Tail
+from agentrun.brokers import watch
 from agentrun.brokers.valkey import Streams, ValkeyBroker
 from agentrun.brokers.valkey_server import ValkeyServer
 from agentrun.errors import InvalidInput, Misconfigured, NoListener, Unavailable
-from tests.brokers.nats_environment import new_namespace
+from tests.brokers.server_environment import new_namespace
 from tests.brokers.valkey_environment import client
 
 
@@ -136,6 +137,45 @@ async def test_a_full_server_takes_nothing_and_is_unavailable() -> None:
                 await broker.log.append("s", b"", kind=Kind.EVENT, after=Tail(), pending=Pending(), timeout=0.3)
             await valkey.config_set("maxmemory", "0")
             await broker.log.append("s", b"", kind=Kind.EVENT, after=Tail(), pending=Pending())
+
+
+async def test_settings_that_go_and_come_back_are_told_once_each(
+    valkey_server: ValkeyServer, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    for name in ("EVERY", "WHILE_WRONG", "SPREAD", "NOT_BEFORE"):
+        monkeypatch.setattr(watch, name, 0.05)
+    namespace = new_namespace()
+    await setup(valkey_server, namespace)
+    async with ValkeyBroker(valkey_server.url, namespace=namespace), client(valkey_server) as valkey:
+        await valkey.delete(f"ar:{namespace}:meta")
+        await until_said(caplog, "is not set up")
+        await anyio.sleep(0.3)  # some looks more
+        await setup(valkey_server, namespace)
+        await until_said(caplog, f"namespace {namespace} is as needed again")
+    assert caplog.text.count("what is promised does not hold now") == 1
+
+
+async def test_another_number_of_partitions_ends_whoever_is_connected(
+    valkey_server: ValkeyServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("EVERY", "WHILE_WRONG", "SPREAD", "NOT_BEFORE"):
+        monkeypatch.setattr(watch, name, 0.05)
+    namespace = new_namespace()
+    await setup(valkey_server, namespace)
+
+    async def use() -> None:
+        async with ValkeyBroker(valkey_server.url, namespace=namespace), client(valkey_server) as valkey:
+            await valkey.hset(f"ar:{namespace}:meta", "partitions", "5")
+            await anyio.sleep(30)
+
+    with pytest.raises(Misconfigured, match="has 5 partitions now, and had 1"):
+        await use()
+
+
+async def until_said(caplog: pytest.LogCaptureFixture, words: str) -> None:
+    with anyio.fail_after(30):
+        while words not in caplog.text:  # noqa: ASYNC110 - it is said in a log
+            await anyio.sleep(0.02)
 
 
 # ------------------------------------------------------------------------------------------ who may connect, and how

@@ -39,7 +39,7 @@ class Cable:
             each.close()
 
     def _start(self, run: object, *arguments: object) -> None:
-        thread = threading.Thread(target=run, args=arguments)  # type: ignore[arg-type]
+        thread = threading.Thread(target=run, args=arguments)
         self._threads.append(thread)
         thread.start()
 

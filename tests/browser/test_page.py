@@ -186,7 +186,7 @@ def test_names_roles_and_what_is_read_out(tabs: Tabs) -> None:
     expect(tab.turn().locator(".answer")).to_have_attribute("aria-busy", "false")
     assert page.evaluate(NAMELESS) == []
     for role, name in (("navigation", "Sessions"), ("complementary", "Timeline"), ("log", "Messages"), ("main", None)):
-        assert page.get_by_role(role, name=name).count() == 1  # type: ignore[arg-type]
+        assert page.get_by_role(role, name=name).count() == 1
     assert page.get_by_role("heading", level=1).inner_text() == "count 150 20"
     assert page.get_by_role("status").count() == 2
     tab.send("approve 3 3")

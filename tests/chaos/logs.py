@@ -104,7 +104,7 @@ class Log:
             "turn_offset": self._offsets.get(turn, 0),
             "message": message,
         }
-        return self.put(cls(**fields | more), by=by)  # type: ignore[arg-type]
+        return self.put(cls(**fields | more), by=by)
 
     def complete(self, *, by: str | None = None, **more: object) -> int:
         """The owner completes its turn."""

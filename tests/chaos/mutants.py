@@ -29,7 +29,7 @@ def _fence() -> None:
         call = prepare(self, session, body, kind, *more)
         return call if kind.input else call._replace(block=_COMPARED.sub(b"", call.block))
 
-    NatsLog._prepare = prepare_blindly  # type: ignore[method-assign]
+    NatsLog._prepare = prepare_blindly
 
 
 def _order() -> None:
@@ -39,9 +39,9 @@ def _order() -> None:
     def claim(self: Pending, offset: int) -> Pending:
         return Pending((Entry(offset, "a"), *(e for e in self if e.offset != offset)))
 
-    Holder._verdict = verdict  # type: ignore[method-assign,assignment]
-    Pending.ready = lambda self, offset: offset in self  # type: ignore[method-assign,assignment]
-    Pending.claim = claim  # type: ignore[method-assign]
+    Holder._verdict = verdict
+    Pending.ready = lambda self, offset: offset in self
+    Pending.claim = claim
 
 
 def _join() -> None:
@@ -51,16 +51,16 @@ def _join() -> None:
     def is_next(self: Follower, stored: Stored, after: int) -> bool:
         return stored.offset > after
 
-    Follower._is_next = is_next  # type: ignore[method-assign]
-    Follower._look = look  # type: ignore[method-assign]
-    Follower._reread = lambda self: None  # type: ignore[method-assign,assignment]
+    Follower._is_next = is_next
+    Follower._look = look
+    Follower._reread = lambda self: None
 
 
 def _cancel() -> None:
     def stopped(self: History, offset: int, event: Any) -> TurnView | None:
         return self.turns.get(event.turn or "")
 
-    History._stopped = stopped  # type: ignore[method-assign]
+    History._stopped = stopped
 
 
 MUTANTS: dict[str, Callable[[], None]] = {"fence": _fence, "order": _order, "join": _join, "cancel": _cancel}

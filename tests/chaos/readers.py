@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import random
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import aclosing
 from typing import ClassVar
@@ -66,7 +67,7 @@ _chunk = msgspec.json.Decoder(_Chunk)
 _digest = functools.lru_cache(maxsize=8192)(digest)  # most events are read by several
 
 
-class Reader:
+class Reader(ABC):
     """One reader of one session, over however many connections.
 
     Args:
@@ -190,6 +191,7 @@ class Reader:
     def _events(self) -> str:
         return f"/v1/sessions/{self._session}/events"
 
+    @abstractmethod
     async def _read(self) -> None:
         """Read over one connection, or with one request; returning is coming back for more.
 
@@ -197,7 +199,6 @@ class Reader:
             Away: Try elsewhere.
             Gone: The session is.
         """
-        raise NotImplementedError
 
 
 # --------------------------------------------------------------------------------------------------------- the library

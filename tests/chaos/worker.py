@@ -133,7 +133,7 @@ class _DeadlyQueue:
         if lease is None:
             return None
         self._points.pass_by("leased")
-        return _DeadlyLease(lease, self._points)  # type: ignore[return-value]
+        return _DeadlyLease(lease, self._points)
 
 
 class _DeadlyLease:

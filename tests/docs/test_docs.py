@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import re
+import sqlite3
+from contextlib import closing
 from pathlib import Path
 
 import agentrun
 from agentrun import wire
-from agentrun.brokers import nats_layout
+from agentrun.brokers import nats_layout, sqlite_file, valkey_scripts
+from agentrun.brokers.valkey_scripts import Script
 
 ROOT = Path(__file__).parents[2]
 
@@ -29,6 +32,45 @@ def test_the_protocol_names_the_headers() -> None:
     text = (ROOT / "docs" / "protocol.md").read_text()
     for header in (nats_layout.OFFSET, nats_layout.PENDING, nats_layout.WRITER, nats_layout.EXPECTED):
         assert f"`{header}`" in text
+
+
+def rows_of(section: str) -> list[list[str]]:
+    """The cells of the tables in a section of the protocol."""
+    text = (ROOT / "docs" / "protocol.md").read_text()
+    lines = text.partition(f"\n## {section}\n")[2].partition("\n## ")[0].splitlines()
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("| ")]
+
+
+def test_the_protocol_lists_valkeys_keys_and_fields() -> None:
+    rows = rows_of("Valkey and Redis")
+    scripts = "".join(script.text for script in valkey_scripts.__dict__.values() if isinstance(script, Script))
+    keys = set(re.findall(r"P \.\. '([a-z])\b", scripts))
+    assert keys == {cell[8] for cell, *_ in rows if cell.startswith("prefix `")}
+    calls = re.findall(r"call\('H(?:M?GET|SET|DEL)', (?:s\.)?T, ([^)]*)\)", scripts)
+    fields = {name for call in calls for name in re.findall(r"'([a-z]{1,2})'", call)}
+    told = {name for cell, *_ in rows for name in re.findall(r"`([a-z]{1,2})`", cell) if not cell.startswith("prefix")}
+    assert fields - {"q"} == told
+
+
+def test_the_protocol_lists_valkeys_scripts_and_their_arguments() -> None:
+    told = {row[0].strip("`"): row[1].split(", ") for row in rows_of("Valkey and Redis") if len(row) == 3}
+    for script in valkey_scripts.__dict__.values():
+        if isinstance(script, Script):
+            used = max(int(number) for number in re.findall(r"ARGV\[(\d+)\]", script.text))
+            assert len(told[script.name]) == used, f"the arguments of {script.name}"
+
+
+def test_the_protocol_lists_sqlites_tables() -> None:
+    with closing(sqlite3.connect(":memory:")) as db:
+        db.executescript(sqlite_file._SCHEMA)
+        names = [name for (name,) in db.execute("SELECT name FROM sqlite_master WHERE type = 'table'")]
+        found = {
+            name: [column for _, column, *_ in db.execute(f"PRAGMA table_info({name})")]
+            for name in names
+            if not name.startswith("sqlite_")
+        }
+    told = {row[0].strip("`"): re.findall(r"`(\w+)`", row[1]) for row in rows_of("SQLite")[1:]}
+    assert told == found
 
 
 def test_links_between_documents_lead_somewhere() -> None:

@@ -21,4 +21,4 @@ async def _append_or_die(self: NatsLog, session: str, body: bytes, **more: Any) 
     return await _append(self, session, body, **more)
 
 
-NatsLog.append = _append_or_die  # type: ignore[method-assign]
+NatsLog.append = _append_or_die

@@ -23,7 +23,7 @@ from click.testing import CliRunner
 
 import agentrun
 from agentrun import brokers
-from agentrun.brokers.nats_layout import Streams
+from agentrun.brokers.streams import Streams
 from agentrun.cli import main
 from agentrun.client import Client, Event
 
@@ -315,7 +315,7 @@ def new_cli(url: str, streams: Streams | None = None) -> Cli:
 
     async def set_up() -> None:
         async with brokers.connect(cli.url, namespace=cli.namespace, check=False, **options) as broker:
-            await broker.setup()  # type: ignore[attr-defined]
+            await broker.setup()
 
     anyio.run(set_up)
     return cli

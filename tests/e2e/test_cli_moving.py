@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import signal
+import struct
+import subprocess
+import sys
+import termios
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -91,3 +97,28 @@ def test_what_cannot_be_done_is_a_line(cli: Cli, file: Cli) -> None:
     refused = file.run("import", stdin=cli.run("export", "s").out, code=1)
     assert refused.out == "0 sessions, 0 records imported, 0 were there\n"
     assert "session s is there already" in refused.err
+
+
+def test_an_import_to_which_nothing_comes_ends_with_ctrl_c(file: Cli) -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-m", "agentrun", "--url", file.url, "import"], stdin=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    with process:
+        assert process.stdin is not None
+        process.stdin.write(b"\n")
+        process.stdin.flush()
+        until = time.monotonic() + 30
+        while fionread(process.stdin.fileno()) and time.monotonic() < until:
+            time.sleep(0.02)
+        process.send_signal(signal.SIGINT)
+        try:
+            assert process.wait(20) == 130
+        finally:
+            process.kill()
+        assert process.stderr is not None
+        assert process.stderr.read() == b""
+
+
+def fionread(pipe: int) -> int:
+    """How many bytes in the pipe nobody has taken yet."""
+    return struct.unpack("i", fcntl.ioctl(pipe, termios.FIONREAD, b"\0" * 4))[0]

@@ -67,7 +67,7 @@ def served(address: str) -> str:
     while True:
         try:
             with urllib.request.urlopen(address, timeout=5) as response:
-                return re.search("<title>(.*)</title>", response.read().decode())[1]  # type: ignore[index]
+                return re.search("<title>(.*)</title>", response.read().decode())[1]
         except OSError:
             assert time.monotonic() < end, "the page is not served"
             time.sleep(0.1)

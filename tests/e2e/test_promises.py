@@ -22,7 +22,7 @@ def words(n: int) -> list[str]:
 
 
 def terminals(events: Sequence[Event]) -> Counter[str]:
-    return Counter(event.turn for event in events if isinstance(event.data, TERMINAL))  # type: ignore[misc]
+    return Counter(event.turn for event in events if isinstance(event.data, TERMINAL))
 
 
 def check_order(events: Sequence[Event]) -> None:

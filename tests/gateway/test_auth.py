@@ -154,7 +154,7 @@ BAD: dict[str, tuple[Callable[[], str], str]] = {
     "not-ascii": (lambda: "ä.ö.ü", "JSON Web Token"),
     "surrogate": (lambda: "\ud800.b.c", "JSON Web Token"),
     "long": (lambda: signed(agents=["x" * 9000]), "at most 8192"),
-    "list": (lambda: tokens.forged({"alg": "HS256"}, []), "fits no key"),  # type: ignore[arg-type]
+    "list": (lambda: tokens.forged({"alg": "HS256"}, []), "fits no key"),
     "deep": (lambda: "e" * 100 + "." + "W" * 4000 + ".x", "JSON Web Token"),
 }
 
@@ -249,7 +249,7 @@ async def test_what_is_remembered_is_bounded(auth: Auth, monkeypatch: pytest.Mon
     monkeypatch.setattr("agentrun.gateway.auth._KNOWN", 3)
     for i in range(10):
         await auth.verify(signed(jti=str(i)))
-    assert len(auth._known) == 3  # pyright: ignore[reportPrivateUsage]
+    assert len(auth._known) == 3
 
 
 # ----------------------------------------------------------------------------------------------------- revocations
@@ -308,7 +308,7 @@ async def test_what_is_known_outlives_the_broker_and_the_session(monkeypatch: py
         await auth.verify(signed(jti="j2"))
         monkeypatch.setattr(broker.log, "read", read)
         await revoked.revoke(client, "j2")
-        await until(lambda: "j2" in auth._revoked)  # pyright: ignore[reportPrivateUsage]
+        await until(lambda: "j2" in auth._revoked)
         assert (await refusal(auth, signed(jti="j1"))).code == "token_revoked"
 
 
@@ -616,7 +616,7 @@ async def test_a_new_key_is_found_and_a_removed_one_refused(tmp_path: Path, monk
         old, new = signed(PRIVATE, "EdDSA", {"kid": "old"}), signed(OTHER_PRIVATE, "EdDSA", {"kid": "new"})
         await auth.verify(old)
         await refusal(auth, new)
-        key_set = auth._keys._sets[0]  # type: ignore[union-attr]
+        key_set = auth._keys._sets[0]
         key_set._source.least_gap = 0.0
         file.write_text(a_set(ED, ED_NEW))
         await auth.verify(new)
@@ -810,7 +810,7 @@ def test_streams_of_one_token() -> None:
             pass
         with limiter.stream("a"):
             pass
-    assert limiter._streams == {}  # pyright: ignore[reportPrivateUsage]
+    assert limiter._streams == {}
 
 
 @pytest.mark.parametrize(
@@ -864,6 +864,6 @@ def test_memory_of_limits_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     limiter, _ = limits(rate=1.0, burst=1)
     for i in range(1000):
         limiter.take(f"k{i}")
-    assert len(limiter._requests._full_at) == 100  # pyright: ignore[reportPrivateUsage]
+    assert len(limiter._requests._full_at) == 100
     with pytest.raises(Problem):
         limiter.take("k999")

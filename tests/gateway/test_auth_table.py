@@ -266,7 +266,7 @@ class World:
         with anyio.fail_after(10):
             async for event in turn.events():
                 if event.type == "input.required":
-                    YES["request"] = event.data.request  # type: ignore[union-attr]
+                    YES["request"] = event.data.request
                     break
         return session.id
 
@@ -314,7 +314,7 @@ async def world(logged: list[str]) -> AsyncIterator[World]:
         auth = Auth(Keys.secret(SECRET), Keys.public(PUBLIC), issuer="tests")
         served = await site.gateway(auth=auth, max_failures=0)
         await revoked.revoke(site.client, "revoked")
-        await until(lambda: "revoked" in auth._revoked)  # pyright: ignore[reportPrivateUsage]
+        await until(lambda: "revoked" in auth._revoked)
         world = World(site, served, logged)
         world.refused = await world.session()
         yield world
@@ -452,7 +452,7 @@ async def test_the_verified_user_is_who_sent_stopped_and_answered(world: World) 
     stopped = await http.post(f"/v1/sessions/{session}/turns/t2/cancel", json={}, headers=headers)
     assert stopped.json()["status"] == "cancelled"
     history = await world.site.client.session(session).history()
-    assert [history.turns[turn].request.user for turn in ("t1", "t2", "t3")] == ["ann", "carl", "carl"]  # type: ignore[union-attr]
+    assert [history.turns[turn].request.user for turn in ("t1", "t2", "t3")] == ["ann", "carl", "carl"]
     (question,) = history.turns["t1"].questions.values()
     assert question.answer is not None
     assert question.answer.user == "carl"

@@ -23,7 +23,7 @@ from agentrun.gateway.keys import Keys, mint, unverified
 from agentrun.gateway.problems import Problem
 from agentrun.gateway.rights import ALL_RIGHTS
 from agentrun.testing import Settings
-from tests.brokers.nats_environment import NatsEnvironments, Proxy
+from tests.brokers.nats_environment import NatsEnvironments, NatsProxy
 from tests.gateway.tokens import SECRET, signed, until
 
 SECRET_ENV = {"AGENTRUN_GATEWAY_SECRET": SECRET}
@@ -169,7 +169,7 @@ async def test_every_gateway_knows_what_is_revoked(
     tokens = {jti: signed(jti=jti) for jti in ("j1", "j2", "j3")}
     async with (
         nats_environments(Settings()) as environment,
-        Proxy(environment.server.port) as proxy,
+        NatsProxy(environment.server.port) as proxy,
         environment.broker() as near,
         environment.broker(proxy.url) as far,
         anyio.create_task_group() as group,
@@ -191,15 +191,15 @@ async def test_every_gateway_knows_what_is_revoked(
         proxy.refusing = True
         proxy.cut()
         await revoked.revoke(client, "j2")
-        await until(lambda: "j2" in gateways[0]._revoked)  # pyright: ignore[reportPrivateUsage]
+        await until(lambda: "j2" in gateways[0]._revoked)
         assert await _is_revoked(gateways[1], tokens["j1"])  # what is known goes on being known
         proxy.refusing = False
-        await until(lambda: "j2" in gateways[1]._revoked, within=20)  # pyright: ignore[reportPrivateUsage]
+        await until(lambda: "j2" in gateways[1]._revoked, within=20)
 
         await client.session(revoked.SESSION).delete()
         await revoked.revoke(client, "j3")
         for auth in gateways:
-            await until(lambda auth=auth: "j3" in auth._revoked, within=20)  # pyright: ignore[reportPrivateUsage]
+            await until(lambda auth=auth: "j3" in auth._revoked, within=20)
             assert await _is_revoked(auth, tokens["j1"])
 
         late = Auth(Keys.secret(SECRET))

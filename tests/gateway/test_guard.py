@@ -272,7 +272,7 @@ async def server() -> AsyncIterator[str]:
     inner = guarded(app(), GatewaySettings(max_body=1000, origins=("https://app.example",)), Auth(Keys.secret(SECRET)))
     server = uvicorn.Server(uvicorn.Config(inner, port=0, log_config=None, access_log=True, lifespan="off"))
     async with anyio.create_task_group() as group:
-        group.start_soon(server._serve)  # pyright: ignore[reportPrivateUsage]
+        group.start_soon(server._serve)
         await until(lambda: server.started, within=10)
         host, port = server.servers[0].sockets[0].getsockname()[:2]
         yield f"{host}:{port}"
@@ -301,7 +301,7 @@ async def test_a_large_body_is_refused_by_a_real_server(server: str) -> None:
 
 async def test_sockets(server: str) -> None:
     for origin in (None, "https://app.example", f"http://{server}"):
-        async with connect(f"ws://{server}/socket", origin=origin) as socket:  # type: ignore[arg-type]
+        async with connect(f"ws://{server}/socket", origin=origin) as socket:
             await socket.send("x" * 1000)
             assert await socket.recv() == "x" * 10
             await socket.send("ä" * 501)
@@ -311,7 +311,7 @@ async def test_sockets(server: str) -> None:
             assert closed.value.rcvd.code == 1009
     for origin in ("https://evil.example", "null"):
         with pytest.raises(InvalidStatus) as refused:
-            async with connect(f"ws://{server}/socket", origin=origin):  # type: ignore[arg-type]
+            async with connect(f"ws://{server}/socket", origin=origin):
                 pass
         assert refused.value.response.status_code == 403
         assert b"origin_refused" in refused.value.response.body

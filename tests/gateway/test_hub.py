@@ -92,7 +92,7 @@ class Bench:
 
     @property
     def feeds(self) -> dict[str, Any]:
-        return self.hub._feeds  # pyright: ignore[reportPrivateUsage]
+        return self.hub._feeds
 
 
 @asynccontextmanager
@@ -103,7 +103,7 @@ async def bench(
     async with MemoryBroker(state=state) as broker:
         inner: Broker = FaultyBroker(broker, faults) if faults is not None else broker
         log = Log(inner.log)
-        hub = Hub(Client(Wrapped(inner, log=log)), GatewaySettings(**settings))  # type: ignore[arg-type]
+        hub = Hub(Client(Wrapped(inner, log=log)), GatewaySettings(**settings))
         async with anyio.create_task_group() as group:
             await group.start(hub.run)
             yield Bench(state, hub, log, broker)
@@ -139,7 +139,7 @@ async def nobody_reads(bench: Bench) -> None:
 
 
 def items_of(*bodies: bytes, kind: Kind = Kind.TURN) -> list[Item]:
-    from agentrun.reading import Event, _sent  # pyright: ignore[reportPrivateUsage]
+    from agentrun.reading import Event, _sent
 
     data = [_sent(body) if kind.input else None for body in bodies]
     return [Item(Event(i, body, time=1.5, decoded=d)) for i, (body, d) in enumerate(zip(bodies, data, strict=True), 1)]

@@ -828,7 +828,7 @@ async def test_health_and_readiness(served: Served) -> None:
 
 async def test_while_the_broker_is_away(site: Site) -> None:
     client, broker = site.faulty(send_timeout=0.5)
-    line: Any = broker._line  # type: ignore[attr-defined]
+    line: Any = broker._line
     served = await site.gateway(client=client, outage=0.3, retry=0.05)
     sent = await served.send("s", "count 100 10")
     source = EventSource(served.http, EVENTS)

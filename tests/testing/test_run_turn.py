@@ -186,6 +186,14 @@ async def test_a_turn_that_does_not_end_says_how_far_it_came() -> None:
         await run_turn(stuck, "x", timeout=0.5)
 
 
+async def test_an_answerers_timeout_is_its_own() -> None:
+    def answer(_question: wire.InputRequired) -> bool:
+        raise TimeoutError("no human at hand")
+
+    with pytest.raises(TimeoutError, match="no human at hand"):
+        await run_turn(careful, "x", answers=answer)
+
+
 # --------------------------------------------------------------------------------------------------------- mishaps
 
 
@@ -232,3 +240,10 @@ async def test_after_counts_events_and_not_what_the_log_makes_of_them() -> None:
     result = await run_turn(mixed, "x", stop_after=3)
     assert result.outcome == "cancelled"
     assert [part.__struct_config__.tag for part in result.message.parts] == ["tool", "reasoning", "data"]
+
+
+async def test_a_mishap_that_the_answer_is_too_short_for_is_an_error() -> None:
+    with pytest.raises(AssertionError, match=r"WorkerDies\(after=100"):
+        await run_turn(counting, "x", mishaps=[AckLost(after=2), WorkerDies(after=100)])
+    result = await run_turn(counting, "x", mishaps=[WorkerDies(after=100)], stop_after=2)
+    assert result.outcome == "cancelled"

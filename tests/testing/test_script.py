@@ -8,6 +8,7 @@ import pytest
 from agentrun import Context, Retry, Usage, agent, wire
 from agentrun.testing import ModelError, Script, ScriptedModel, run_turn
 from agentrun.testing.openai_server import FakeOpenAI
+from agentrun.testing.steps import Fail
 
 
 async def said(model: ScriptedModel, *args: Any, **kwargs: Any) -> list[Any]:
@@ -56,6 +57,12 @@ async def test_a_model_fails_before_and_in_the_middle() -> None:
     with pytest.raises(ModelError, match="connection") as dropped:
         await said(model)
     assert dropped.value.status is None
+
+
+async def test_a_code_that_is_a_name_is_no_status() -> None:
+    with pytest.raises(ModelError, match="too long") as failed:
+        await said(ScriptedModel(Script((Fail("too long", code="context_length_exceeded"),))))
+    assert failed.value.status == 500
 
 
 async def test_a_model_that_stalls_says_nothing() -> None:

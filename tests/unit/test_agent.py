@@ -80,7 +80,7 @@ def test_a_plain_function_is_refused_and_named() -> None:
     def plain(ctx: Context) -> None: ...
 
     with pytest.raises(InvalidInput, match="plain"):
-        agent(plain)  # type: ignore[arg-type]
+        agent(plain)
 
 
 def test_the_decorator_takes_a_name_and_resume_or_nothing() -> None:

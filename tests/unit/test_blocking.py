@@ -37,7 +37,7 @@ class Setting:
         await self.owner.append(failed, lambda pending: pending.settle(at))
 
     def do(self, function: Any, *args: Any, **options: Any) -> Any:
-        return self.client._loop.call(function, *args, **options)  # pyright: ignore[reportPrivateUsage]
+        return self.client._loop.call(function, *args, **options)
 
 
 @pytest.fixture
@@ -176,14 +176,14 @@ def test_closing_the_client_ends_what_waits() -> None:
 
 
 def test_a_call_that_races_the_closing_ends(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
-    loop = setting.client._loop  # pyright: ignore[reportPrivateUsage]
-    start = loop._portal.start_task_soon  # pyright: ignore[reportPrivateUsage]
+    loop = setting.client._loop
+    start = loop._portal.start_task_soon
 
     def closing(function: Any) -> Any:
         loop.close()
         return start(function)
 
-    monkeypatch.setattr(loop._portal, "start_task_soon", closing)  # pyright: ignore[reportPrivateUsage]
+    monkeypatch.setattr(loop._portal, "start_task_soon", closing)
     with pytest.raises(CancelledError):
         next(setting.session.events())
 
@@ -192,8 +192,8 @@ def test_an_interrupted_call_is_taken_back(setting: Setting, monkeypatch: pytest
     setting.session.send("hello", id="t1")
     events = setting.session.events()
     assert next(events).offset == 1
-    loop = setting.client._loop  # pyright: ignore[reportPrivateUsage]
-    start = loop._portal.start_task_soon  # pyright: ignore[reportPrivateUsage]
+    loop = setting.client._loop
+    start = loop._portal.start_task_soon
     started: list[Any] = []
 
     def interrupted(function: Any) -> Any:
@@ -207,7 +207,7 @@ def test_an_interrupted_call_is_taken_back(setting: Setting, monkeypatch: pytest
             monkeypatch.setattr(future, "result", result)
         return future
 
-    monkeypatch.setattr(loop._portal, "start_task_soon", interrupted)  # pyright: ignore[reportPrivateUsage]
+    monkeypatch.setattr(loop._portal, "start_task_soon", interrupted)
     with pytest.raises(KeyboardInterrupt):
         next(events)
     assert started[0].cancelled()

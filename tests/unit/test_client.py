@@ -414,7 +414,7 @@ async def test_a_trimmed_turn_is_not_found(session: Session, owner: Owner) -> No
     turn = await session.send("a", id="t1")
     await owner.run("t1", 1)
     await session.send("b", id="t2")
-    owner.broker.state.trim("s", 2)  # type: ignore[attr-defined]
+    owner.broker.state.trim("s", 2)
     with pytest.raises(TurnNotFound, match="trimmed"):
         await turn.result(timeout=5)
     with pytest.raises(TurnNotFound, match="trimmed"):
@@ -649,6 +649,16 @@ async def test_a_deleted_session_begins_anew(session: Session, owner: Owner) -> 
     with pytest.raises(SessionGone, match="before 4"):
         [e async for e in session.events(4, follow=False)]
     assert (await session.send("a", id="t1")).offset == 1
+
+
+async def test_a_turn_of_a_session_that_was_deleted_since_is_not_waited_for(client: Client) -> None:
+    session = client.session("s", agent="a")
+    turn = await session.send("x")
+    await session.delete()
+    with pytest.raises(SessionGone), anyio.fail_after(20):
+        await turn.result()
+    with pytest.raises(SessionGone), anyio.fail_after(20):
+        await anext(turn.events())
 
 
 async def test_who_follows_a_session_that_is_deleted_is_told(session: Session) -> None:

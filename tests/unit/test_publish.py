@@ -70,7 +70,7 @@ class Bench:
         tail = await self.broker.log.append(
             "s", started, kind=Kind.EVENT, after=tail, pending=tail.pending.claim(tail.offset)
         )
-        self.writer = SessionWriter(self.log, "s", tail, self.inputs.append)  # type: ignore[arg-type]
+        self.writer = SessionWriter(self.log, "s", tail, self.inputs.append)
         values: dict[str, Any] = {
             "turn": "t1",
             "attempt": 1,
@@ -263,10 +263,10 @@ async def test_what_is_changed_after_it_was_emitted_is_stored_as_it_was() -> Non
     "event",
     [
         wire.Data(name="d", data=object()),
-        wire.ToolCall(call=1, name="n", input={}),  # type: ignore[arg-type]
-        wire.TextDelta(text=b"bytes"),  # type: ignore[arg-type]
+        wire.ToolCall(call=1, name="n", input={}),
+        wire.TextDelta(text=b"bytes"),
         wire.TextDelta(text="x", count=-1),
-        wire.ToolInputDelta(call=None, text="x"),  # type: ignore[arg-type]
+        wire.ToolInputDelta(call=None, text="x"),
     ],
     ids=lambda e: e.type,
 )

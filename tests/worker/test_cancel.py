@@ -42,7 +42,7 @@ async def slow_start(ctx: Context) -> AsyncIterator[str]:
 
 @pytest.mark.parametrize("shape", [talk, mute, slow_start], ids=["in-mid-stream", "silent", "before-the-first-token"])
 async def test_a_running_turn_is_stopped_live_with_a_receipt(fleet: Fleet, shape: object) -> None:
-    await fleet.worker(shape)  # type: ignore[arg-type]
+    await fleet.worker(shape)
     turn = await fleet.session(agent="talk").send("x")
     await fleet.until("turn.started")
     await anyio.sleep(0.1)
@@ -372,7 +372,7 @@ def _late(context: object, seconds: float) -> object:
 
     @asynccontextmanager
     async def follow() -> AsyncIterator[object]:
-        async with context as batches:  # type: ignore[attr-defined]
+        async with context as batches:
 
             async def held() -> AsyncIterator[object]:
                 async for batch in batches:

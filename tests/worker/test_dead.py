@@ -180,7 +180,7 @@ class CrashesBeforeTheEnd(FaultyBroker):
                 self.disconnect()
             return await append(session, body, **more)
 
-        self.log.append = watched  # type: ignore[method-assign]
+        self.log.append = watched
 
 
 async def test_a_crash_between_the_entry_and_the_end_leaves_one_entry(fleet: Fleet) -> None:
@@ -252,7 +252,7 @@ class NoList(FaultyBroker):
                 raise Unavailable("not now")
             return await append(session, body, **more)
 
-        self.log.append = watched  # type: ignore[method-assign]
+        self.log.append = watched
 
 
 async def test_a_list_that_cannot_be_written_holds_up_no_end_and_is_said(

@@ -54,7 +54,7 @@ async def test_a_blocked_loop_keeps_its_leases_and_is_reported(
     due: list[list[float]] = []
     stop = threading.Event()
     await memory_fleet.worker(blocking(4 * LEASE, runs), block_report=0.3)
-    state = memory_fleet.environment.state  # type: ignore[attr-defined]
+    state = memory_fleet.environment.state
     watcher = threading.Thread(target=in_another_loop, args=(state, due, stop))
     turn = await memory_fleet.session(agent="block").send("x")
     await memory_fleet.until("text.delta")
@@ -113,10 +113,10 @@ class Held:
 async def test_leases_are_extended_while_they_are_held() -> None:
     one, broken = Held(), Held(broken=True)
     with Keeper(0.02, report=5.0, limit=5.0) as keeper:
-        keeper.hold(broken)  # type: ignore[arg-type]
-        keeper.hold(one)  # type: ignore[arg-type]
+        keeper.hold(broken)
+        keeper.hold(one)
         await eventually(lambda: one.extended > 3 and broken.extended > 3)
-        keeper.drop(one)  # type: ignore[arg-type]
+        keeper.drop(one)
         await anyio.sleep(0.05)
         count = one.extended
         await anyio.sleep(0.1)
@@ -126,7 +126,7 @@ async def test_leases_are_extended_while_they_are_held() -> None:
 async def test_nothing_is_extended_past_the_limit(caplog: pytest.LogCaptureFixture) -> None:
     one = Held()
     with Keeper(0.02, report=0.05, limit=0.3) as keeper:
-        keeper.hold(one)  # type: ignore[arg-type]
+        keeper.hold(one)
         await anyio.sleep(0.1)
         time.sleep(0.3)  # noqa: ASYNC251 - that is the point
         at_limit = one.extended

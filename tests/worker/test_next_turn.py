@@ -28,7 +28,7 @@ class Counting:
             self.records += len(found)
             return found
 
-        wrapped.log.read = counted  # type: ignore[method-assign]
+        wrapped.log.read = counted
         return wrapped
 
 

@@ -153,7 +153,7 @@ class Witness:
             turns, log, signals = Turns(), inner.log, inner.signals
 
         self.peers = Peers(
-            Seen(),  # type: ignore[arg-type]
+            Seen(),
             "witness",
             lost_after=0.3,
             agents=(),
@@ -311,7 +311,7 @@ async def test_who_writes_in_that_moment_is_alive(fleet: Fleet) -> None:
     class Log:
         last, append, read = staticmethod(overtaken), inner.log.append, inner.log.read
 
-    inner.log = Log()  # type: ignore[misc, assignment]
+    inner.log = Log()
     await witness.sees_die(hold)
     assert witness.handed_back == []
     assert await lost(fleet) == []

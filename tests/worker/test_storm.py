@@ -73,7 +73,7 @@ async def test_whatever_happens(fleet: Fleet, seed: int) -> None:
                         await fleet.client.turn(*dice.choice(sent)).cancel()
                     case 1:
                         policy = dice.choice(["interrupt", "rollback", "steer"])
-                        sent.append((name, (await session.send("x", on_busy=policy)).id))  # type: ignore[arg-type]
+                        sent.append((name, (await session.send("x", on_busy=policy)).id))
                     case 2 if sent:
                         await fleet.client.turn(*dice.choice(sent)).answer("ask-1", True)
                     case _:

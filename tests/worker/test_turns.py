@@ -262,7 +262,7 @@ async def test_what_cannot_be_stored_is_the_agents_error(memory_fleet: Fleet) ->
         if ctx.text == "object":
             yield wire.Data(name="x", data=object())
         elif ctx.text == "field":
-            yield wire.ToolCall(call=7, name="x", input={})  # type: ignore[arg-type]
+            yield wire.ToolCall(call=7, name="x", input={})
         else:
             yield wire.TurnCompleted(turn_offset=1)
 

@@ -14,13 +14,13 @@ import pytest
 from agentrun import wire
 from agentrun.agent import Context, agent
 from agentrun.broker import Broker
-from agentrun.brokers import nats_watch
+from agentrun.brokers import watch as watching
 from agentrun.brokers.nats import NatsBroker, Streams
 from agentrun.brokers.nats_layout import stream_name
 from agentrun.errors import Misconfigured
 from agentrun.testing import Settings
 from agentrun.worker import Worker
-from tests.brokers.nats_environment import NatsEnvironment, NatsEnvironments, Proxy
+from tests.brokers.nats_environment import NatsEnvironment, NatsEnvironments, NatsProxy
 from tests.worker.fleet import QUICK, Fleet, eventually
 
 LEASE = 10.0
@@ -50,7 +50,7 @@ async def fleet(
 ) -> AsyncGenerator[Fleet]:
     """Its client is connected directly, its workers through a proxy each; who watches the streams is quick."""
     for name, seconds in (("SPREAD", 0.1), ("NOT_BEFORE", 0.5), ("WHILE_WRONG", 1.0)):
-        monkeypatch.setattr(nats_watch, name, seconds)
+        monkeypatch.setattr(watching, name, seconds)
     caplog.set_level(logging.INFO)
     async with env.broker() as broker, anyio.create_task_group() as group:
         fleet = Fleet(env, broker, group)
@@ -84,7 +84,7 @@ async def set_up(env: NatsEnvironment, **streams: Any) -> None:
         await broker.setup()
 
 
-def proxy_of(env: NatsEnvironment, broker: Broker) -> Proxy:
+def proxy_of(env: NatsEnvironment, broker: Broker) -> NatsProxy:
     return env.proxies[id(broker)]
 
 
@@ -153,7 +153,7 @@ async def test_a_consumer_deleted_under_a_worker_is_made_anew(
     assert (result.text, result.attempt) == (said(40), 1)
     assert [(await turn.result(30)).text for turn in (queued, later)] == [said(3)] * 2
     assert "queue of agent talk, partition 0: its consumer was gone" in caplog.text
-    assert (await fleet.broker.stats())[0].waiting == 0  # type: ignore[attr-defined]
+    assert (await fleet.broker.stats())[0].waiting == 0
 
 
 async def test_a_deleted_stream_is_said_once_and_work_goes_on_when_it_is_set_up_again(
@@ -243,14 +243,14 @@ async def test_a_look_that_takes_longer_than_the_pause_after_it_ends_nobody(
 ) -> None:
     looks = 0
 
-    async def look(watch: nats_watch.Watch) -> None:
+    async def look(watch: watching.Watch) -> None:
         nonlocal looks
         looks += 1
         await anyio.sleep(0.1)
         watch.look()
 
     for name, value in (("SPREAD", 0.01), ("NOT_BEFORE", 0.05), ("EVERY", 0.05)):
-        monkeypatch.setattr(nats_watch, name, value)
-    monkeypatch.setattr(nats_watch.Watch, "_look", look)
+        monkeypatch.setattr(watching, name, value)
+    monkeypatch.setattr(watching.Watch, "_look", look)
     async with env.broker():
         await eventually(lambda: looks >= 3)

@@ -1,15 +1,16 @@
-"""Seeing that the streams stay what the promises need, while they are used."""
+"""Seeing that what was set up stays as the promises need it, while it is used."""
 
 from __future__ import annotations
 
+import logging
 import random
 import time
+from collections.abc import Awaitable, Callable
+from typing import Generic
 
 import anyio
 
-from agentrun.brokers.nats_admin import load
-from agentrun.brokers.nats_core import Core
-from agentrun.brokers.nats_link import log
+from agentrun.brokers.shared import LayoutT, Shared
 from agentrun.errors import Misconfigured, Unavailable
 
 EVERY = 300.0
@@ -22,20 +23,22 @@ NOT_BEFORE = 5.0
 """Seconds between two looks that something gave reason for."""
 
 
-class Watch:
-    """Looks at the streams' settings now and then, after a reconnect, and where a stream does not answer.
+class Watch(Generic[LayoutT]):
+    """Looks at a namespace's settings now and then, after a reconnect, and where something makes it suspicious.
 
     What is not as needed is an error in the log, told once, with the command that mends it. That it was mended is told
     as well.
 
     Args:
-        core: The broker's.
-        min_dedupe_window: The least time, in seconds, for which the streams must remember ids of inputs.
+        shared: The broker's state; it gets what is found.
+        load: Reads the settings, and raises `Misconfigured` where they are not as needed.
+        log: Where to tell.
     """
 
-    def __init__(self, core: Core, min_dedupe_window: float) -> None:
-        self._core = core
-        self._min_dedupe_window = min_dedupe_window
+    def __init__(self, shared: Shared[LayoutT], load: Callable[[], Awaitable[LayoutT]], log: logging.Logger) -> None:
+        self._shared = shared
+        self._load = load
+        self._log = log
         self._suspicion = anyio.Event()
         self._said = ""
 
@@ -60,23 +63,23 @@ class Watch:
             await anyio.sleep(max(0.0, looked + NOT_BEFORE - time.monotonic()))
 
     async def _look(self) -> None:
-        before = self._core.found
+        namespace, before = self._shared.namespace, self._shared.found
         try:
-            found = await load(self._core, self._min_dedupe_window)
+            found = await self._load()
         except Unavailable as error:
-            log.debug("the streams cannot be looked at: %s", error)
+            self._log.debug("the settings cannot be looked at: %s", error)
             return
         except Misconfigured as error:
             if self._said != (said := str(error)):
                 self._said = said
-                log.error("what is promised does not hold now: %s", error)
+                self._log.error("what is promised does not hold now: %s", error)
             return
         if found.partitions != before.partitions:
             raise Misconfigured(
-                f"namespace {found.namespace} has {found.partitions} partitions now, and had {before.partitions}: "
+                f"namespace {namespace} has {found.partitions} partitions now, and had {before.partitions}: "
                 "whoever uses it must be started again"
             )
-        self._core.layout = found
+        self._shared.layout = found
         if self._said:
             self._said = ""
-            log.warning("the streams of namespace %s are as needed again", found.namespace)
+            self._log.warning("namespace %s is as needed again", namespace)
