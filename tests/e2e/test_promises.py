@@ -84,7 +84,7 @@ def test_p3_one_terminal_event_per_turn(cli: Cli, session: str) -> None:
     first = cli.worker("first")
     cli.run("send", session, "hello", "--id", "completes")
     cli.run("send", session, "fail", "--id", "fails", code=1)
-    cli.send(session, "count 40 50", "moves")
+    cli.send(session, "count 120 50", "moves")
     cli.send(session, "hello", "stopped-waiting")
     cli.send(session, "hello", "expires", deadline=1.0)
     cli.send(session, "count 1000 20", "stopped-running")
