@@ -5,8 +5,10 @@ from __future__ import annotations
 import gc
 import json
 import logging
+import re
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import asynccontextmanager
+from pathlib import Path
 
 import anyio
 import httpx
@@ -22,7 +24,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from websockets.asyncio.client import connect as websocket
 
 from agentrun import wire
-from agentrun.agent import Context, agent
+from agentrun.agent import Context, Retry, agent
 from agentrun.brokers.memory import MemoryState
 from agentrun.gateway import Auth, Gateway, GatewaySettings, Keys, mint
 from agentrun.gateway.hub import Closed
@@ -37,6 +39,7 @@ from tests.telemetry.test_spans import plain, until_told
 from tests.telemetry.trees import shape
 from tests.worker.fleet import Fleet, eventually
 
+DOCUMENT = Path(__file__).parents[2] / "docs" / "observability.md"
 SECRET = "0123456789abcdef" * 2
 TURNS = "/v1/sessions/s/turns"
 EVENTS = "/v1/sessions/s/events"
@@ -141,6 +144,27 @@ async def test_stops_and_answers_are_below_their_requests(seen: Seen, fleet: Fle
         POST /v1/sessions/{session}/turns/{turn}/cancel
           cancel cancelled
     """)  # noqa: E501
+
+
+async def test_the_trace_in_the_documentation(seen: Seen, fleet: Fleet) -> None:
+    @agent
+    async def support(ctx: Context) -> AsyncIterator[str]:
+        with seen.backend.start_as_current_span("look up"):
+            yield "well "
+        if ctx.attempt == 1:
+            raise Retry("not yet", after=0.01)
+        await anyio.sleep(60)
+
+    await fleet.worker(support)
+    async with served(fleet) as site:
+        with seen.backend.start_as_current_span("click"):
+            sent = await site.http.post(TURNS, json={"input": "go", "agent": "support"})
+        await fleet.until("text.delta", times=2)
+        with seen.backend.start_as_current_span("stop"):
+            await site.http.post(f"{TURNS}/{sent.json()['turn']}/cancel")
+        await until_told(seen, "process support", 2)
+    picture = DOCUMENT.read_text().partition("```\nclick")[2].partition("```")[0]
+    assert seen.tree == re.sub(r" +←.*", "", f"click{picture}").strip()
 
 
 async def test_what_a_socket_asks_for_is_below_its_handshake(seen: Seen, fleet: Fleet) -> None:
