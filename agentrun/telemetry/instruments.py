@@ -70,7 +70,7 @@ class Instruments:
         """Count an event."""
         self._counters[key].add(1, attributes)
 
-    def record(self, key: str, value: float, attributes: Mapping[str, str] | None = None) -> None:
+    def record(self, key: str, value: float, attributes: Mapping[str, str | int] | None = None) -> None:
         """Record an observation of a histogram; one that a clock set back made negative counts as 0."""
         self._histograms[key].record(max(value, 0.0), attributes)
 
