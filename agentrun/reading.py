@@ -227,15 +227,17 @@ async def read_to_end(log: SessionLog, session: str, *, after: int = 0) -> Async
 
 @asynccontextmanager
 async def follow(
-    log: SessionLog, session: str, *, after: int = 0, deltas: bool = True, cursor: int = 0
+    log: SessionLog, session: str, *, after: int = 0, deltas: bool = True, cursor: int = 0, stored: int = 0
 ) -> AsyncGenerator[AsyncGenerator[Event]]:
     """The events behind ``after``, stored and to come, without end.
 
+    ``stored`` may be an offset above ``after`` that is known to have been given out.
+
     Raises:
-        SessionGone: ``after`` lies beyond the session's end.
+        SessionGone: ``after``, or ``stored``, lies beyond the session's end.
     """
-    if after:
-        await _end_after(log, session, after)
+    if known := stored or after:
+        await _end_after(log, session, known)
     reader = Reader(log, session, after=after, holes=deltas)
     async with log.follow(session, after=after, deltas=deltas, cursor=cursor) as batches:
         yield _events(reader, batches)

@@ -138,6 +138,11 @@ class Attempt:
         """Which attempt it is."""
         return self._number
 
+    @property
+    def tokens(self) -> int:
+        """Tokens it has stored."""
+        return self._publisher.builder.tokens if self.started else 0
+
     def stop(self, stop: Stop) -> None:
         """Stop the agent."""
         self._switch.pull(stop)

@@ -55,13 +55,15 @@ _LAST_APPENDS = 5.0
 
 
 class RunningTurn(Struct, frozen=True):
-    """A turn being run, as a worker reports it. ``seconds`` since its attempt began."""
+    """A turn being run, as a worker reports it. ``seconds`` since its attempt began; ``tokens`` that it has stored."""
 
     session: str
     turn: str
     agent: str
     attempt: int
     seconds: float
+    tokens: int = 0
+    stopping: bool = False
 
 
 class WorkerInfo(Struct, frozen=True):
@@ -134,7 +136,7 @@ class Worker:
         """What this worker is doing."""
         now = time.monotonic()
         running = [
-            RunningTurn(a.session, a.turn, agent, a.number, now - a.started if a.started else 0.0)
+            RunningTurn(a.session, a.turn, agent, a.number, now - a.started if a.started else 0.0, a.tokens, a.stopping)
             for a, agent in self._attempts.items()
         ]
         return WorkerInfo(

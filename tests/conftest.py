@@ -13,7 +13,7 @@ _GROUPS = {
     "processes": ("tests/e2e",),
     "bench": ("tests/bench", "tests/docs", "tests/brokers/test_nats_cluster.py"),
     "browser": ("tests/browser", "tests/gateway/test_npm"),
-    "chaos": ("tests/chaos/test_chaos.py", "tests/chaos/test_load.py", "tests/chaos/test_partition.py"),
+    "chaos": tuple(f"tests/chaos/test_{name}.py" for name in ("chaos", "load", "partition", "valkey")),
     "litellm": ("tests/adapters",),  # it takes seconds to import
 }
 

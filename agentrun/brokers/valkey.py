@@ -1,10 +1,11 @@
 """The broker on Valkey (8 or newer) or Redis (7 or newer).
 
 Each session's records are two streams, with its end, its lease and its queued inputs beside them; every step that must
-be one is a script (docs/design.md, D26). `setup` agrees on the namespace's settings, entering the broker only checks.
+be one is a script (docs/design.md, D28). `setup` agrees on the namespace's settings, entering the broker only checks.
 
-What is acknowledged is as durable as the server is: with ``appendfsync everysec`` a crash loses up to a second, and a
-failover what the replica had not got. That is noticed and told (`RecordsLost`), never passed over.
+What is acknowledged is as durable as the server is: with ``appendfsync everysec`` a crash may lose the last second or
+two, with ``always`` none; a failover may lose what the replica had not got. A loss is told (`RecordsLost`) to whoever
+goes on from what is gone.
 """
 
 from __future__ import annotations

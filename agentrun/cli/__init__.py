@@ -14,7 +14,7 @@ from agentrun.cli.common import connection_options
 __all__ = ["main"]
 
 _COMMANDS = {
-    "dev": ("agentrun.cli.dev:dev", "Run a NATS server and workers here, for development."),
+    "dev": ("agentrun.cli.dev:dev", "Run a broker and workers here, for development."),
     "setup": ("agentrun.cli.admin:setup", "Create or update what the namespace needs at the broker."),
     "gateway": ("agentrun.cli.gateway:gateway", "Serve sessions over HTTP."),
     "token": ("agentrun.cli.token:token", "Make, show and revoke tokens for the gateway."),
@@ -30,6 +30,7 @@ _COMMANDS = {
     "import": ("agentrun.cli.moving:import_", "Store the sessions that `export` wrote."),
     "sessions": ("agentrun.cli.admin:sessions", "List the sessions, newest first."),
     "status": ("agentrun.cli.admin:status", "Show queues, workers and running turns."),
+    "top": ("agentrun.cli.top:top", "Watch the fleet live, and stop a turn with a key."),
     "dead": ("agentrun.cli.dead:dead", "List turns that gave up; send them again, or drop them."),
     "demo": ("agentrun.cli.demo:demo", "Watch a fleet survive what breaks others."),
     "bench": ("agentrun.cli.bench:bench", "Measure this machine and broker."),

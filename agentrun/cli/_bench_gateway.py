@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import re
 import sys
 import tempfile
 import time
 import urllib.request
 import uuid
-from collections.abc import AsyncGenerator, Generator, Sequence
+from collections.abc import AsyncGenerator, Generator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 from subprocess import PIPE
@@ -336,8 +337,8 @@ class _Gateway(Struct, frozen=True):
 async def _open_gateway(run: Run) -> AsyncGenerator[_Gateway]:
     run.say("starting a gateway")
     _files(max(*run.options.clients, run.options.readers or _FAN_OUT) + _SPARE)
-    words = ("--log-level", "warning", "gateway", "--insecure", "--port", "0", "--while-stdin", *run.place.options)
-    async with _process(run, command(*words)) as child:
+    words = ("--log-level", "warning", "gateway", "--insecure", "--port", "0", "--while-stdin")
+    async with _process(run, command(*words), env={**os.environ, **run.place.environment}) as child:
         with _patience("the gateway did not start", SETTLE):
             line = await child.line()
         yield _Gateway(int(re.findall(rb":(\d+)", line)[-1]), child.pid)
@@ -390,9 +391,9 @@ async def _client(run: Run, job: Job) -> AsyncGenerator[_Child]:
 
 
 @asynccontextmanager
-async def _process(run: Run, words: Sequence[str]) -> AsyncGenerator[_Child]:
+async def _process(run: Run, words: Sequence[str], *, env: Mapping[str, str] | None = None) -> AsyncGenerator[_Child]:
     with tempfile.TemporaryFile("a+b", prefix="agentrun-bench-") as said:
-        process = await anyio.open_process(words, stdin=PIPE, stdout=PIPE, stderr=said, start_new_session=True)
+        process = await anyio.open_process(words, stdin=PIPE, stdout=PIPE, stderr=said, env=env, start_new_session=True)
         try:
             yield _Child(process)
         finally:

@@ -12,13 +12,16 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 import anyio
+import msgspec
 from msgspec import Struct
 
 from agentrun import wire
 from agentrun.broker import Kind, Pending, SessionLog, Tail
+from agentrun.cli._bench_inside import InsideFleet
 from agentrun.cli._bench_report import Figure, Report, quantile, spread
 from agentrun.cli._bench_watch import TurnSeen, Watch
-from agentrun.cli._fleet import Fleet, Place, cpu_seconds
+from agentrun.cli._fleet import Fleet, cpu_seconds
+from agentrun.cli._place import Place
 from agentrun.client import Client, connect
 
 _AGENT = "echo"
@@ -93,11 +96,13 @@ async def open_run(
 ) -> AsyncGenerator[Run]:
     """Start the workers of one bench, in a namespace for their lease time (queues keep theirs)."""
     count = options.workers if workers is None else workers
-    place = await Place(place.url, f"{place.namespace}-{lease:g}".replace(".", "_"), place.server).setup()
+    namespace = f"{place.namespace}-{lease:g}".replace(".", "_")
+    place = await msgspec.structs.replace(place, namespace=namespace).setup()
     say(f"starting {count} worker processes")
+    kind = Fleet if options.workers else InsideFleet
     async with (
         connect(place.url, namespace=place.namespace) as client,
-        Fleet(place, "workers.echo:echo", lease=lease, concurrency=_SLOTS) as fleet,
+        kind(place, "workers.echo:echo", lease=lease, concurrency=_SLOTS) as fleet,
     ):
         await fleet.start(client, count)
         try:
@@ -127,11 +132,15 @@ async def _warm(watch: Watch) -> None:
 
 
 class Cpu:
-    """Processor time used from now on, by the workers, the server, and this process or those named instead of it."""
+    """Processor time used from now on, by the workers, the server, and this process or those named instead of it.
+
+    A worker within this process is part of it: both together are ``process``.
+    """
 
     def __init__(self, run: Run, **others: int) -> None:
-        readers = {name: [pid] for name, pid in others.items()} or {"reader": [os.getpid()]}
-        self._pids = {"worker": list(run.fleet.pids), "server": [run.place.server], **readers}
+        workers = {"worker": list(run.fleet.pids)} if run.fleet.pids else {}
+        readers = {name: [pid] for name, pid in others.items()} or {"reader" if workers else "process": [os.getpid()]}
+        self._pids = {**workers, "server": [run.place.server], **readers}
         self._start = self._read()
         self._began = time.monotonic()
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import platform
-import subprocess
 import sys
 from collections.abc import Iterable, Sequence
 from itertools import groupby
@@ -13,8 +12,6 @@ from typing import Any
 from msgspec import Struct, field
 from rich.console import Console
 from rich.table import Table
-
-from agentrun.brokers.server import find_nats_server
 
 Figure = float | int | str | None
 
@@ -63,14 +60,13 @@ def spread(name: str, values: Sequence[float], *, unit: str = "ms") -> dict[str,
     return {f"{name}_p50_{unit}": quantile(values, 0.5), f"{name}_p99_{unit}": quantile(values, 0.99)}
 
 
-def machine(url: str | None) -> dict[str, Any]:
+def machine(server: str) -> dict[str, Any]:
     """What the figures are measured on."""
-    server = url or subprocess.run([find_nats_server(), "--version"], capture_output=True, text=True, check=True).stdout  # noqa: S603
     return {
         "cores": len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count(),
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.machine()}",
-        "server": server.strip().replace(": v", " "),
+        "server": server,
         "load": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
     }
 

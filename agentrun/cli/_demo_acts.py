@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 import uuid
 from collections.abc import Callable
@@ -15,7 +16,8 @@ from agentrun import wire
 from agentrun.cli._bench_watch import Words
 from agentrun.cli._demo_page import read_events
 from agentrun.cli._demo_stage import Pane, Stage
-from agentrun.cli._fleet import Fleet, Place, command
+from agentrun.cli._fleet import Fleet, command
+from agentrun.cli._place import Place
 from agentrun.cli.common import Fatal
 from agentrun.client import Client, Event, Receipt, Session, Turn, connect
 from agentrun.history import History, TurnView
@@ -220,7 +222,9 @@ async def play_stop(show: Show) -> None:
         turn = await show.session.send(show.script.stop)
         await reader.until_said(turn, show.script.some)
         done = await anyio.run_process(
-            command("cancel", *show.place.options, show.session.id, turn.id, "--by", "you", "--json"), check=False
+            command("cancel", show.session.id, turn.id, "--by", "you", "--json"),
+            env={**os.environ, **show.place.environment},
+            check=False,
         )
         view = await reader.until_ended(turn)
         pane.mark(view.state, "red")

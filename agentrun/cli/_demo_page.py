@@ -14,8 +14,8 @@ import msgspec
 from anyio.abc import Process
 from msgspec import Struct
 
-from agentrun.cli._fleet import Place
 from agentrun.cli._page import HOST, gateway_command, gateway_environment, missing, pick_port
+from agentrun.cli._place import Place
 from agentrun.cli.common import Fatal
 
 _START = 30.0
@@ -33,14 +33,14 @@ async def served_page(place: Place, asked: int | None, *, agent: str) -> AsyncGe
         yield None
         return
     port = pick_port(asked)
-    command = gateway_command(place.options, port, agent=agent)
+    command = gateway_command(port, agent=agent)
     with tempfile.TemporaryFile("a+b") as log:
         process = await anyio.open_process(
             command,
             stdin=subprocess.PIPE,
             stdout=log,
             stderr=log,
-            env=gateway_environment(),
+            env=gateway_environment(place.environment),
             start_new_session=True,
         )
         try:

@@ -1,4 +1,4 @@
-"""A broker and worker processes for the time of a bench or a demonstration."""
+"""Worker processes for the time of a bench or a demonstration."""
 
 from __future__ import annotations
 
@@ -7,19 +7,15 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import AsyncGenerator, Mapping, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO, Self
 
 import anyio
 import anyio.to_thread
 import msgspec
-from msgspec import Struct
 
-from agentrun import brokers
-from agentrun.broker import BrokerAdmin
-from agentrun.brokers.server import NatsServer
+from agentrun.cli._place import Place
 from agentrun.client import Client
 from agentrun.errors import Misconfigured, Unavailable
 from agentrun.worker import WORKERS, WorkerInfo
@@ -31,43 +27,6 @@ _END = 10.0
 def command(*arguments: str) -> list[str]:
     """An agentrun command, as the arguments of a process."""
     return [sys.executable, "-m", "agentrun", *arguments]
-
-
-class Place(Struct, frozen=True):
-    """Where a fleet works: the broker, the namespace in it, and the server's process id if the server is ours."""
-
-    url: str
-    namespace: str
-    server: int | None = None
-
-    @property
-    def options(self) -> list[str]:
-        """The same, for a command line."""
-        return ["--url", self.url, "--namespace", self.namespace]
-
-    async def setup(self) -> Self:
-        """Set up what is missing there."""
-        async with brokers.connect(self.url, namespace=self.namespace, check=False) as broker:
-            if isinstance(broker, BrokerAdmin):
-                await broker.setup()
-        return self
-
-
-@asynccontextmanager
-async def open_place(url: str | None, namespace: str) -> AsyncGenerator[Place]:
-    """Give the broker at ``url``, or a server of our own, set up for the namespace.
-
-    Raises:
-        Misconfigured: The broker is not one that processes can share, or cannot be set up.
-        Unavailable: It cannot be reached.
-    """
-    if url is None:
-        async with NatsServer() as server:
-            yield await Place(server.url, namespace, server.pid).setup()
-    else:
-        if url.startswith("memory:"):
-            raise Misconfigured("a memory broker lives in one process; this needs one that processes share: nats://…")
-        yield await Place(url, namespace).setup()
 
 
 class Fleet:
@@ -93,10 +52,10 @@ class Fleet:
         self.place = place
         # With us, however we die, go the workers: --while-stdin.
         self._command = command(
-            "--log-level", "warning", "worker", agent, *place.options, "--while-stdin", "--drain", "0",
+            "--log-level", "warning", "worker", agent, "--while-stdin", "--drain", "0",
             "--lease", f"{lease:g}", "--concurrency", f"{concurrency}",
         )  # fmt: skip
-        self._env = {**os.environ, **(env or {})}
+        self._env = {**os.environ, **place.environment, **(env or {})}
         self._processes: dict[int, subprocess.Popen[bytes]] = {}
         self._log: IO[bytes] | None = None
 

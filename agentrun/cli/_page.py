@@ -6,7 +6,7 @@ import importlib.util
 import os
 import socket
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping
 
 import click
 
@@ -57,20 +57,23 @@ def _free(port: int) -> bool:
         return False
 
 
-def gateway_environment() -> dict[str, str]:
-    """The environment of such a gateway: ours without the keys, as everybody on this machine may use it."""
-    return {name: value for name, value in os.environ.items() if name not in _KEYS}
+def gateway_environment(place: Mapping[str, str]) -> dict[str, str]:
+    """The environment of such a gateway: ours without the keys, as everybody on this machine may use it.
+
+    Args:
+        place: The variables that say where the broker is.
+    """
+    return {name: value for name, value in os.environ.items() if name not in _KEYS} | dict(place)
 
 
-def gateway_command(place: Sequence[str], port: int, *, agent: str | None, log_level: str = "warning") -> list[str]:
+def gateway_command(port: int, *, agent: str | None, log_level: str = "warning") -> list[str]:
     """A gateway for this machine alone, with the page, that ends when its stdin does.
 
     Args:
-        place: The options that say where the broker is.
         port: Where to serve.
         agent: To whom turns go whose sender names no agent.
         log_level: What it logs.
     """
-    command = [sys.executable, "-m", "agentrun", "--log-level", log_level, "gateway", *place]
+    command = [sys.executable, "-m", "agentrun", "--log-level", log_level, "gateway"]
     command += ["--host", HOST, "--port", str(port), "--insecure", "--page", "--list-sessions", "--while-stdin"]
     return command if agent is None else [*command, "--agent", agent]

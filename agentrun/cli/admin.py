@@ -13,6 +13,7 @@ from agentrun.broker import BrokerAdmin, QueueStats
 from agentrun.brokers.streams import Streams
 from agentrun.cli.common import App, Fatal, command, duration, json_option, option
 from agentrun.cli.lines import columns
+from agentrun.errors import InvalidInput
 from agentrun.reading import ends_of
 from agentrun.worker import WORKERS, WorkerInfo
 
@@ -22,9 +23,9 @@ LOOKED_AT = 10_000
 
 @command("setup")
 @option("--partitions", type=click.IntRange(1, 64), help="Streams the sessions are spread over; final. Default 1.")
-@option("--replicas", type=click.Choice(["1", "3", "5"]), help="Servers each stream is stored on. Default 1.")
+@option("--replicas", type=click.Choice(["1", "3", "5"]), help="NATS: servers each stream is stored on. Default 1.")
 @option("--delta-ttl", type=duration, help="How long tokens stay beside the messages they add up to. Default 1h.")
-@option("--max-age", type=duration, help="After what time every record is removed; 0 keeps them. Default 0.")
+@option("--max-age", type=duration, help="NATS: after what time every record is removed; 0: never. Default 0.")
 @option("--dedupe-window", type=duration, help="For how long the id of an input is remembered. Default 2h.")
 @option("--dry-run", is_flag=True, help="Only say what would be done.")
 @json_option
@@ -61,7 +62,11 @@ async def setup(
 
 
 async def set_up(url: str, namespace: str, streams: Streams, *, dry_run: bool = False) -> list[str]:
-    """Connect to where nothing may be yet, and make what is needed."""
+    """Connect to where nothing may be yet, and make what is needed.
+
+    Raises:
+        Fatal: This kind of broker has no such setting.
+    """
     if url.startswith("memory:"):
         raise Fatal("a broker in memory needs no setup", 2)
     made: dict[str, Any] = {"streams": streams}
@@ -69,7 +74,11 @@ async def set_up(url: str, namespace: str, streams: Streams, *, dry_run: bool = 
         if streams != Streams():
             raise Fatal("what a file keeps, and for how long, is fixed: give no options", 2)
         made = {}
-    async with brokers.connect(url, namespace=namespace, check=False, **made) as broker:
+    try:
+        unset = brokers.connect(url, namespace=namespace, check=False, **made)
+    except InvalidInput as error:
+        raise Fatal(str(error), 2) from error
+    async with unset as broker:
         assert isinstance(broker, BrokerAdmin)
         return await broker.setup(dry_run=dry_run)
 

@@ -9,7 +9,6 @@ from typing import Any
 
 import click
 import msgspec
-from click.core import ParameterSource
 from rich.console import Console
 
 from agentrun.cli._bench_faults import bench_resume, bench_takeover
@@ -17,8 +16,8 @@ from agentrun.cli._bench_gateway import bench_gateway
 from agentrun.cli._bench_load import Options, Run, bench_cancel, bench_tokens, bench_turns, open_run
 from agentrun.cli._bench_report import Report, machine, show_machine, show_rows
 from agentrun.cli._bench_scale import bench_scale
-from agentrun.cli._fleet import Place, open_place
-from agentrun.cli.common import App, command, duration, json_option, option
+from agentrun.cli._place import Place, broker_option, chosen_url, open_place, shown, version
+from agentrun.cli.common import App, Fatal, command, duration, json_option, option
 
 _BENCHES: dict[str, Callable[[Run], Awaitable[None]]] = {
     "turns": bench_turns,
@@ -29,6 +28,10 @@ _BENCHES: dict[str, Callable[[Run], Awaitable[None]]] = {
     "gateway": bench_gateway,
     "scale": bench_scale,
 }
+
+
+_INSIDE = ("turns", "tokens", "cancel", "resume")
+"""What needs no worker that is a process."""
 
 
 class _Counts(click.ParamType[tuple[int, ...]]):
@@ -47,7 +50,11 @@ class _Counts(click.ParamType[tuple[int, ...]]):
 @command("bench", uvloop=True)
 @click.argument("what", type=click.Choice([*_BENCHES, "all"]))
 @option("--sessions", type=_Counts(), help="Sessions side by side, a row for each number.  [default: the bench's own]")
-@option("--workers", type=click.IntRange(1), default=1, show_default=True, help="Worker processes (takeover: 2).")
+@broker_option
+@option(
+    "--workers", type=click.IntRange(0), default=1, show_default=True,
+    help="Worker processes (takeover: 2); 0: one worker within the process of the bench.",
+)  # fmt: skip
 @option("--seconds", type=duration, default=10.0, show_default="10s", help="Length of a measured turn of tokens.")
 @option("--rate", type=click.IntRange(1), default=50, show_default=True, help="Tokens a second of each session.")
 @option("--rounds", type=click.IntRange(1), default=20, show_default=True, help="Turns, stops or reads per session.")
@@ -61,6 +68,7 @@ class _Counts(click.ParamType[tuple[int, ...]]):
 async def bench(
     app: App,
     what: str,
+    kind: str | None,
     sessions: tuple[int, ...] | None,
     workers: int,
     seconds: float,
@@ -81,21 +89,25 @@ async def bench(
     sessions, long ones, a long queue.
     docs/performance.md says what each figure is.
 
-    A NATS server of its own is used, unless --url is given on the command line (then namespaces bench-… are made
-    there, and stay). Exit codes: 0 whatever the figures are, 1 if anything was lost, double, or not as promised.
+    A broker of its own is started (--broker), unless --url is given on the command line: then namespaces bench-… are
+    made there, and stay. With --workers 0 also memory:// can be measured. Exit codes: 0 whatever the figures are, 1 if
+    anything was lost, double, or not as promised.
     """
     app.log("warning")
     options = Options(
         sessions=sessions, workers=workers, seconds=seconds, rate=rate, rounds=rounds, lease=lease, kills=kills,
         events=events, readers=readers, clients=clients, small=small,
     )  # fmt: skip
-    url = app.url if _url_given() else None
-    report = Report(machine(url))
+    # Not from the environment: a bench must not find its way to a broker that others work with.
+    url = chosen_url(app, environment=False)
+    if not workers and what not in _INSIDE:
+        raise Fatal(f"{what} needs worker processes; with --workers 0 there are {', '.join(_INSIDE)}", 2)
+    report = Report(machine(version(kind or "nats") if url is None else shown(url)))
     console = Console()
     if not as_json:
         show_machine(console, report.machine)
     try:
-        async with open_place(url, "bench") as place:
+        async with open_place(url, "bench", kind, inside=not workers) as place:
             for name in _BENCHES if what == "all" else (what,):
                 before = len(report.rows)
                 await _measure(name, options, report, place)
@@ -109,16 +121,6 @@ async def bench(
     for violation in sorted(set(report.violations)):
         click.echo(f"agentrun: promise broken: {violation} ({report.violations.count(violation)}x)", err=True)
     return 1 if report.violations else 0
-
-
-def _url_given() -> bool:
-    # Not from the environment: a bench must not find its way to a broker that others work with.
-    context: click.Context | None = click.get_current_context()
-    while context is not None:
-        if context.get_parameter_source("url") is ParameterSource.COMMANDLINE:
-            return True
-        context = context.parent
-    return False
 
 
 async def _measure(name: str, options: Options, report: Report, place: Place) -> None:

@@ -24,6 +24,8 @@ from agentrun.settings import ClientSettings
 from agentrun.telemetry.logs import JsonFormatter
 
 __all__ = [
+    "DEFAULT_URL",
+    "NOT_SHARED",
     "App",
     "Fatal",
     "agent_option",
@@ -41,6 +43,11 @@ F = TypeVar("F", bound=Callable[..., Any])
 Command = Callable[..., Awaitable[int | None]]
 
 PREFIX = "AGENTRUN_"
+DEFAULT_URL = "nats://127.0.0.1:4222"
+NOT_SHARED = (
+    "a broker in memory lives in one process, and this is for several: sqlite needs no server either, "
+    "as in sqlite:///dev.db"
+)
 LEVELS = ("debug", "info", "warning", "error")
 _INTERRUPTED = 130
 _SECONDS = {"": 1.0, "ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
@@ -63,6 +70,16 @@ class App:
         self.namespace = ""
         self.log_level: str | None = None
         self.log_format: str | None = None
+
+    def shared_url(self) -> str:
+        """The broker's URL, for a process that is of use only to others.
+
+        Raises:
+            Fatal: No other process can be at that broker.
+        """
+        if self.url.startswith("memory:"):
+            raise Fatal(NOT_SHARED, 2)
+        return self.url
 
     @property
     def debug(self) -> bool:
@@ -132,7 +149,7 @@ def connection_options(*, defaults: bool) -> Callable[[F], F]:
             ),
             make(
                 "--url",
-                default="nats://127.0.0.1:4222" if defaults else None,
+                default=DEFAULT_URL if defaults else None,
                 show_default=defaults,
                 help="The broker.",
                 **extra,

@@ -30,8 +30,9 @@ from agentrun.cli._demo_acts import (
 )
 from agentrun.cli._demo_page import served_page
 from agentrun.cli._demo_stage import Stage
-from agentrun.cli._fleet import Fleet, open_place
+from agentrun.cli._fleet import Fleet
 from agentrun.cli._page import http_port_option
+from agentrun.cli._place import Place, broker_option, chosen_url, open_place, shown
 from agentrun.cli.common import App, command, option
 from agentrun.client import connect
 
@@ -43,14 +44,16 @@ _LEASE = 2.0
     "--once/--keep", default=None,
     help="End when done; or keep server, workers and page until Ctrl-C. Default: keep them at a terminal.",
 )  # fmt: skip
+@broker_option
 @http_port_option
 @option("--speed", type=click.FloatRange(0.1, 10), default=1.0, show_default=True, help="2: words come twice as fast.")
-async def demo(app: App, once: bool | None, speed: float, http_port: int | None) -> int:
+async def demo(app: App, once: bool | None, kind: str | None, speed: float, http_port: int | None) -> int:
     """See it work, on this machine and without any key: a stream, a late reader, a stop, a killed worker, a question.
 
-    A NATS server, two worker processes and a gateway with the web page are started for it; the session can be watched
-    there as well. With AGENTRUN_MODEL (and its provider's key) set, a real model answers, as in workers/chat.py. Ends
-    with a table of what was counted. Exit codes: 0 all is right, 1 not.
+    A broker is started for it (--broker), or the one at --url or AGENTRUN_URL is used, in the namespace "demo". Two
+    worker processes and a gateway with the web page are started as well: the session can be watched there. With
+    AGENTRUN_MODEL (and its provider's key) set, a real model answers, as in workers/chat.py. Ends with a table of what
+    was counted. Exit codes: 0 all is right, 1 not.
     """
     app.log("error")
     model = os.environ.get("AGENTRUN_MODEL")
@@ -58,7 +61,11 @@ async def demo(app: App, once: bool | None, speed: float, http_port: int | None)
     stage = Stage(Console(highlight=False))
     keep = stage.watched if once is None else not once
     who = f"the model {model}" if model else "an agent without a model"
-    async with _show(script, stage, who, http_port) as show:
+    url = chosen_url(app)
+    async with (
+        open_place(url, "default" if url is None else "demo", kind) as place,
+        _show(place, script, stage, who, http_port) as show,
+    ):
         await play_stream(show)
         await play_stop(show)
         await play_takeover(show, _LEASE)
@@ -67,22 +74,22 @@ async def demo(app: App, once: bool | None, speed: float, http_port: int | None)
         await read_again(show)
         await read_over_http(show)
         stage.result(show.rows)
-        _go_on(show, keep)
+        _go_on(show, keep, "" if kind is None else f" --broker {kind}")
         if keep:
             await _until_told()
     return 0 if all(good for _, _, good in show.rows) else 1
 
 
 @asynccontextmanager
-async def _show(script: Script, stage: Stage, who: str, http_port: int | None) -> AsyncGenerator[Show]:
+async def _show(place: Place, script: Script, stage: Stage, who: str, http_port: int | None) -> AsyncGenerator[Show]:
     async with (
-        open_place(None, "default") as place,
         connect(place.url, namespace=place.namespace) as client,
         Fleet(place, script.spec, lease=_LEASE, env={"AGENTRUN_TOOLS": ""}) as fleet,
         served_page(place, http_port, agent=script.agent) as page,
     ):
-        what = f" (nats-server, process {place.server})" if place.server else ""
-        stage.say(f"server   {place.url}{what}", "dim")
+        process = f", process {place.server}" if place.server else ""
+        what = f" ({place.software}{process})" if place.software else ""
+        stage.say(f"server   {shown(place.url)}{what}", "dim")
         workers = await fleet.start(client, 2)
         stage.say(f"workers  processes {' and '.join(str(w.pid) for w in workers)}, {who}", "dim")
         async with anyio.create_task_group() as group:
@@ -106,15 +113,15 @@ async def _until_told() -> None:
             return
 
 
-def _go_on(show: Show, keep: bool) -> None:
+def _go_on(show: Show, keep: bool, broker: str) -> None:
     stage = show.stage
     agentrun = _program()
     stage.say("")
     if not keep:
         stage.say("Go on with a server and workers that stay, and another terminal:")
-        stage.command(f"{agentrun} dev")
+        stage.command(f"{agentrun} dev{broker}")
         stage.command(f"{agentrun} chat")
-        stage.command(f"{agentrun} bench all")
+        stage.command(f"{agentrun} bench all{broker}")
         return
     if show.page is None:
         stage.say("Server and workers stay until Ctrl-C. In another terminal:")
@@ -122,7 +129,7 @@ def _go_on(show: Show, keep: bool) -> None:
         stage.say("Server, workers and page stay until Ctrl-C:")
         stage.say(f"{show.page}/?session={show.session.id}", "bold")
         stage.say("In another terminal:")
-    agentrun = f"{agentrun} --url {show.place.url}"
+    agentrun += show.place.options
     stage.command(f"{agentrun} tail {show.session.id}")
     stage.command(f"{agentrun} chat")
     stage.command(f"{agentrun} status")

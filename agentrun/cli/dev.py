@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
@@ -14,10 +15,8 @@ import msgspec
 from anyio.abc import ByteReceiveStream, Process
 from anyio.streams.buffered import BufferedByteReceiveStream
 
-from agentrun.brokers.server import NatsServer
-from agentrun.brokers.streams import Streams
 from agentrun.cli._page import HOST, gateway_command, gateway_environment, http_port_option, missing, pick_port
-from agentrun.cli.admin import set_up
+from agentrun.cli._place import PORTS, Place, broker_option, chosen_url, is_given, open_place, shown
 from agentrun.cli.common import App, Fatal, command, option
 from agentrun.cli.worker import agents_argument, worker_options
 from agentrun.settings import WorkerSettings
@@ -33,7 +32,8 @@ _CANNOT = 2
 @command("dev")
 @agents_argument(required=False)
 @option("--workers", type=click.IntRange(min=1), default=2, show_default=True, help="Worker processes.")
-@option("--port", type=click.IntRange(0, 65535), default=4222, show_default=True, help="The server's; 0: a free one.")
+@broker_option
+@option("--port", type=click.IntRange(0, 65535), help="The server's; 0: a free one. Default: 4222, of Valkey 6379.")
 @http_port_option
 @option("--data", type=click.Path(path_type=Path), default=Path(".agentrun"), show_default=True, help="Kept here.")
 @option("--ephemeral", is_flag=True, help="Keep nothing.")
@@ -42,63 +42,73 @@ async def dev(
     app: App,
     agents: tuple[str, ...],
     workers: int,
-    port: int,
+    kind: str | None,
+    port: int | None,
     http_port: int | None,
     data: Path,
     ephemeral: bool,
     settings: WorkerSettings,
 ) -> int:
-    """Run a NATS server, worker processes and a web page on this machine, for development.
+    """Run a broker, worker processes and a web page on this machine, for development.
+
+    The broker is started for it (--broker: a NATS server, a Valkey server or an SQLite file), unless --url or
+    AGENTRUN_URL names one that runs: that one is set up and used, and goes on running.
 
     AGENTS are written module:name; default is an agent that echoes. A process that dies is started again. Ctrl-C lets
     running turns end and stops everything; once more hands them back at once.
     """
     app.log("warning")
-    store = None if ephemeral else data / "nats"
-    if store is not None:
-        store.mkdir(parents=True, exist_ok=True)
-    async with NatsServer(data=store, port=port) as server:
-        await set_up(server.url, app.namespace, Streams())
+    url = chosen_url(app)
+    if url is not None:
+        _only_ours(url)
+    if port is None:
+        port = PORTS.get(kind or "nats", 0)
+    elif kind == "sqlite":
+        raise Fatal("a file has no --port", 2)
+    async with open_place(url, app.namespace, kind, data=None if ephemeral else data, port=port) as place:
         page = pick_port(http_port) if missing() is None else None
-        fleet = _fleet(app, server.url, agents or (_ECHO,), workers, settings, page)
-        _greet(app, server, workers, agents or (_ECHO,), store, page)
+        fleet = _fleet(app, place, agents or (_ECHO,), workers, settings, page)
+        kept = "" if url is not None else f", data in {'a temporary directory' if ephemeral else data}"
+        _greet(place, kept, workers, agents or (_ECHO,), page)
         return await fleet.run()
 
 
-def _greet(
-    app: App, server: NatsServer, workers: int, agents: tuple[str, ...], store: Path | None, page: int | None
-) -> None:
-    extra = "" if server.port == 4222 else f" --url {server.url}"
-    extra += "" if app.namespace == "default" else f" --namespace {app.namespace}"
+def _only_ours(url: str) -> None:
+    for name in ("port", "data", "ephemeral"):
+        if is_given(name):
+            raise Fatal(f"--{name} is for a broker that is started here (--broker), not for {shown(url)}", 2)
+
+
+def _greet(place: Place, kept: str, workers: int, agents: tuple[str, ...], page: int | None) -> None:
     agent = "" if len(agents) == 1 else " --agent NAME"
-    click.echo(f"server   {server.url}, namespace {app.namespace}, data in {store or 'a temporary directory'}")
+    click.echo(f"server   {shown(place.url)}, namespace {place.namespace}{kept}")
     click.echo(f"workers  {workers} x {', '.join(agents)}")
     if page is not None:
         click.echo(f"page     http://{HOST}:{page}/")
     else:
         click.echo(f"page     none without {missing()}: pip install 'agentrun[gateway]'")
-    click.echo(f"try      agentrun{extra} chat{agent}")
-    click.echo(f"         agentrun{extra} send{agent} s1 'count 20 200'")
-    click.echo(f"         agentrun{extra} status")
+    click.echo(f"try      agentrun{place.options} chat{agent}")
+    click.echo(f"         agentrun{place.options} send{agent} s1 'count 20 200'")
+    click.echo(f"         agentrun{place.options} status")
     click.echo("Ctrl-C stops everything.")
 
 
 def _fleet(
-    app: App, url: str, agents: tuple[str, ...], workers: int, settings: WorkerSettings, page: int | None
+    app: App, place: Place, agents: tuple[str, ...], workers: int, settings: WorkerSettings, page: int | None
 ) -> Fleet:
-    place = ["--url", url, "--namespace", app.namespace]
-    arguments = [sys.executable, "-m", "agentrun", "worker", *agents, *place, "--while-stdin"]
+    arguments = [sys.executable, "-m", "agentrun", "worker", *agents, "--while-stdin"]
     arguments += ["--log-level", app.log_level or "info"]
     for name, value in msgspec.structs.asdict(settings).items():
         arguments += ["--" + name.replace("_", "-"), str(value)]
     patience = settings.drain + settings.cancel_grace + _MARGIN
     names = [f"dev-{number}" for number in range(1, workers + 1)]
-    first = [Kept(name, [*arguments, "--name", name], patience) for name in names]
+    env = {**os.environ, **place.environment}
+    first = [Kept(name, [*arguments, "--name", name], patience, env=env) for name in names]
     if page is None:
         return Fleet(first, [])
     agent = "echo" if agents == (_ECHO,) else None
-    command = gateway_command(place, page, agent=agent, log_level=app.log_level or "warning")
-    return Fleet(first, [Kept("gateway", command, _MARGIN, env=gateway_environment())])
+    command = gateway_command(page, agent=agent, log_level=app.log_level or "warning")
+    return Fleet(first, [Kept("gateway", command, _MARGIN, env=gateway_environment(place.environment))])
 
 
 class Fleet:
@@ -158,10 +168,10 @@ class Kept:
         name: Stands before each line it prints.
         command: The process.
         patience: Seconds it gets to end when it is told to stop.
-        env: Its environment, if not ours.
+        env: Its environment.
     """
 
-    def __init__(self, name: str, command: list[str], patience: float, *, env: dict[str, str] | None = None) -> None:
+    def __init__(self, name: str, command: list[str], patience: float, *, env: dict[str, str]) -> None:
         self._env = env
         self._name = name
         self._command = command

@@ -63,6 +63,7 @@ async def gateway(
     codes: 0 stopped as told, 1 the broker is lost or not set up, 2 it cannot be started as written.
     """
     app.log("info")
+    url = app.shared_url()
     try:
         auth = _auth(insecure, host, _keys(secret_file, public_key, jwks), audience, issuer, max_ttl)
     except InvalidInput as error:
@@ -74,7 +75,7 @@ async def gateway(
     address = f"http://{host if ':' not in host else f'[{host}]'}:{sockets[0].getsockname()[1]}"
     async with (
         seen_as("agentrun-gateway"),
-        Gateway(app.url, auth=auth, namespace=app.namespace, settings=settings) as served,
+        Gateway(url, auth=auth, namespace=app.namespace, settings=settings) as served,
         anyio.create_task_group() as group,
     ):
         if while_stdin:

@@ -47,8 +47,9 @@ async def worker(
     """
     app.log("info")
     sys.path.insert(0, os.getcwd())
+    url = app.shared_url()
     loaded = [load_agent(spec, debug=app.debug) for spec in agents]
-    async with seen_as("agentrun-worker"), brokers.connect(app.url, namespace=app.namespace) as broker:
+    async with seen_as("agentrun-worker"), brokers.connect(url, namespace=app.namespace) as broker:
         try:
             runner = Worker(broker, loaded, settings=settings, name=name)
         except InvalidInput as error:

@@ -265,7 +265,9 @@ class _Chat:
         """Answer with a run. ``at`` is where its turn begins; ``upto`` is known to be stored, and is to be told."""
         opened = AsyncExitStack()
         try:
-            reading = await opened.enter_async_context(self._gateway.read(principal, run.session, after=max(at - 1, 0)))
+            reading = await opened.enter_async_context(
+                self._gateway.read(principal, run.session, after=max(at - 1, 0), resumed=start > 0)
+            )
             answer = Answer(self._gateway, principal, reading, run, options, start=start, exact=exact)
             await answer.catch_up(upto)
         except Closed as closed:
@@ -277,7 +279,8 @@ class _Chat:
         headers = {**_HEADERS, "x-workflow-run-id": run_id(run)}
         if start < 0:
             headers["x-workflow-stream-tail-index"] = str(answer.total - 1)
-        return Stream(answer.body, headers=headers, settings=self._gateway.settings, opened=opened)
+        slow = self._gateway.hub.counts.slow
+        return Stream(answer.body, headers=headers, settings=self._gateway.settings, slow=slow, opened=opened)
 
     async def _fold(self, session: str) -> tuple[History, Tail]:
         """The session without what the tokens in flight add, and its end."""

@@ -29,7 +29,9 @@ from agentrun.gateway.guard import guarded
 from agentrun.gateway.hub import Hub, Reading
 from agentrun.gateway.problems import Problem, problem_of
 from agentrun.gateway.rights import Principal
+from agentrun.gateway.telemetry import Observed
 from agentrun.settings import GatewaySettings
+from agentrun.telemetry import Telemetry, default
 
 __all__ = ["Gateway"]
 
@@ -54,6 +56,7 @@ class Gateway:
         agent: To whom turns go whose sender names no agent; the same as ``settings.agent``. Default: the only one the
             broker has a queue for.
         settings: Times and limits.
+        telemetry: Where it is told what this gateway does; default is the client's, or what is set for the process.
 
     Attributes:
         client: The client, once it is open.
@@ -68,6 +71,7 @@ class Gateway:
         namespace: str = "default",
         agent: str | None = None,
         settings: GatewaySettings | None = None,
+        telemetry: Telemetry | None = None,
     ) -> None:
         settings = settings or GatewaySettings()
         if agent is not None:
@@ -75,6 +79,7 @@ class Gateway:
         self.settings = settings
         self.auth = auth
         self._broker = broker
+        self._telemetry = telemetry or (broker.telemetry if isinstance(broker, Client) else default())
         self._namespace = namespace
         self._client: Client | None = None
         self._hub: Hub | None = None
@@ -89,8 +94,11 @@ class Gateway:
         async with AsyncExitStack() as stack:
             client = self._broker
             if not isinstance(client, Client):
-                client = await stack.enter_async_context(connect(client, namespace=self._namespace))
-            hub = Hub(client, self.settings)
+                client = await stack.enter_async_context(
+                    connect(client, namespace=self._namespace, telemetry=self._telemetry)
+                )
+            hub = Hub(client, self.settings, self._telemetry)
+            stack.enter_context(self._telemetry.instruments.observing(hub.levels))
             group = await stack.enter_async_context(anyio.create_task_group())
             stack.callback(group.cancel_scope.cancel)
             await group.start(hub.run)
@@ -123,10 +131,16 @@ class Gateway:
             self._hub.close()
 
     @asynccontextmanager
-    async def read(self, principal: Principal, session: str, *, after: int = 0) -> AsyncGenerator[Reading]:
+    async def read(
+        self, principal: Principal, session: str, *, after: int = 0, resumed: bool = False
+    ) -> AsyncGenerator[Reading]:
         """`Hub.read` for a principal: counted among its streams, and ended when its token is revoked."""
+
+        def valid() -> bool:
+            return self.auth.holds(principal)
+
         with self.auth.stream(principal):
-            async with self.hub.read(session, after=after, valid=lambda: self.auth.holds(principal)) as reading:
+            async with self.hub.read(session, after=after, resumed=resumed, valid=valid) as reading:
                 yield reading
 
     @property
@@ -191,7 +205,7 @@ class Gateway:
         }
         app = Starlette(routes=routes, exception_handlers=handlers, lifespan=self._open_for)
         app.router.redirect_slashes = False
-        return guarded(app, self.settings, self.auth)
+        return Observed(guarded(app, self.settings, self.auth), routes, self._telemetry)
 
     async def _health(self, request: Request) -> Response:
         return JSONResponse({"status": "ok"})

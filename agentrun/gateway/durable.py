@@ -76,13 +76,14 @@ async def read(gateway: Gateway, request: Request, session: str, principal: Prin
     cursor = _Cursor(_parameter(request, "cursor"))
     text = _start(request, live)
     after = (await gateway.hub.tail(session)).offset if text == _NOW else 0 if text == _START else int(text)
+    resumed = after > 0 and text != _NOW
     if live == "sse":
-        return await _sse(gateway, session, principal, after, cursor)
+        return await _sse(gateway, session, principal, after, cursor, resumed=resumed)
     if live == "long-poll":
-        return await _long_poll(gateway, request, session, principal, after, cursor)
+        return await _long_poll(gateway, request, session, principal, after, cursor, resumed=resumed)
     if text == _NOW:
         return Response(b"[]", headers={**_headers(after), **_NO_STORE}, media_type="application/json")
-    return await _catch_up(gateway, request, session, principal, after)
+    return await _catch_up(gateway, request, session, principal, after, resumed=resumed)
 
 
 # ------------------------------------------------------------------------------------------------- what a request says
@@ -175,12 +176,19 @@ async def _gather(reading: Reading, wait: float) -> tuple[list[Item], bool]:
 
 
 async def _long_poll(
-    gateway: Gateway, request: Request, session: str, principal: Principal, after: int, cursor: _Cursor
+    gateway: Gateway,
+    request: Request,
+    session: str,
+    principal: Principal,
+    after: int,
+    cursor: _Cursor,
+    *,
+    resumed: bool,
 ) -> Response:
     wait = min(_WAIT, gateway.settings.long_poll)
     if principal.expires is not None:
         wait = min(wait, max(principal.expires - time.time(), 0.0))
-    async with gateway.read(principal, session, after=after) as reading:
+    async with gateway.read(principal, session, after=after, resumed=resumed) as reading:
         gathered = await while_there(request.receive, functools.partial(_gather, reading, wait))
     found, up_to_date = gathered or ([], False)  # nobody is there for it
     headers = _headers(found[-1].offset if found else after, up_to_date=up_to_date)
@@ -191,9 +199,9 @@ async def _long_poll(
 
 
 async def _catch_up(
-    gateway: Gateway, request: Request, session: str, principal: Principal, after: int
+    gateway: Gateway, request: Request, session: str, principal: Principal, after: int, *, resumed: bool
 ) -> Response | Stream:
-    async with gateway.read(principal, session, after=after) as reading:
+    async with gateway.read(principal, session, after=after, resumed=resumed) as reading:
         found, complete = await _gather(reading, 0.0)
     if not found:
         return Response(b"[]", headers={**_headers(after), **_NO_STORE}, media_type="application/json")
@@ -214,7 +222,8 @@ async def _catch_up(
         await _write_through(gateway, session, principal, writer, after=offset, end=end)
         await writer.write(b"]")
 
-    return Stream(body, headers={**headers, "content-type": "application/json"}, settings=gateway.settings)
+    headers["content-type"] = "application/json"
+    return Stream(body, headers=headers, settings=gateway.settings, slow=gateway.hub.counts.slow)
 
 
 def _matches(header: str, etag: str) -> bool:
@@ -249,14 +258,16 @@ def _begins_by(item: Item, end: int) -> bool:
     return isinstance(item.event.data, (Snapshot, Gap)) and item.event.data.from_ <= end
 
 
-async def _sse(gateway: Gateway, session: str, principal: Principal, after: int, cursor: _Cursor) -> Stream:
+async def _sse(
+    gateway: Gateway, session: str, principal: Principal, after: int, cursor: _Cursor, *, resumed: bool
+) -> Stream:
     if gateway.hub.closing:
         # A stream that ends as soon as it begins is worse than none: the protocol's client leaves off, without a word,
         # after three that were shorter than a second.
         raise _closing()
     settings = gateway.settings
     opened = AsyncExitStack()
-    reading = await opened.enter_async_context(gateway.read(principal, session, after=after))
+    reading = await opened.enter_async_context(gateway.read(principal, session, after=after, resumed=resumed))
 
     async def body(writer: Writer) -> None:
         deadline = deadline_of(principal, settings.durable_seconds)
@@ -266,7 +277,8 @@ async def _sse(gateway: Gateway, session: str, principal: Principal, after: int,
             except (Closed, AgentrunError):
                 return  # a clean end: the client comes back with its offset, and is then told by the status
 
-    return Stream(body, headers={**EVENT_STREAM, "content-type": "text/event-stream"}, settings=settings)
+    headers = {**EVENT_STREAM, "content-type": "text/event-stream"}
+    return Stream(body, headers=headers, settings=settings, slow=gateway.hub.counts.slow)
 
 
 async def _follow(reading: Reading, writer: Writer, cursor: _Cursor, *, deadline: float, keep_alive: float) -> None:

@@ -18,13 +18,18 @@ from typing import Literal
 import anyio
 import msgspec
 from anyio.abc import TaskGroup, TaskStatus
+from opentelemetry import context
 
 from agentrun.bell import Bell, Ear
 from agentrun.broker import Tail
 from agentrun.client import Client, Session
 from agentrun.errors import AgentrunError, BrokerError, InvalidInput, SessionGone, Unavailable
+from agentrun.gateway.telemetry import Counts
 from agentrun.reading import Event
 from agentrun.settings import GatewaySettings
+from agentrun.telemetry import Telemetry
+from agentrun.telemetry.instruments import Levels
+from agentrun.wire import Gap
 
 __all__ = ["Closed", "Hub", "Item", "Reading"]
 
@@ -111,6 +116,7 @@ class Feed:
         end: The offset of the newest event.
         seen: When the session was last known to exist, on the monotonic clock.
         base: How many events came before ``items[0]`` since the feed began.
+        gaps: How many of all of them are a `Gap`.
     """
 
     def __init__(self, session: Session, settings: GatewaySettings) -> None:
@@ -119,6 +125,7 @@ class Feed:
         self.idle_since = 0.0
         self.items: list[Item] = []
         self.base = 0
+        self.gaps = 0
         self.floor = 0
         self.end = 0
         self.seen = 0.0
@@ -169,6 +176,7 @@ class Feed:
 
     def _add(self, item: Item) -> None:
         self.items.append(item)
+        self.gaps += isinstance(item.event.decoded, Gap)
         self.end = item.offset
         self.seen = time.monotonic()
         self._bytes += len(item.event.raw)
@@ -238,6 +246,7 @@ class Reading:
             if not items and self._index >= 0:
                 items = self._take()
             if items:
+                self._count(items)
                 return items
             self._feed.check()
             left = began + wait - time.monotonic()
@@ -257,6 +266,7 @@ class Reading:
     def _take(self) -> Sequence[Item]:
         feed = self._feed
         if self._index < feed.base:
+            self._hub.counts.slow.value += 1
             raise Closed("slow")
         start = self._index - feed.base
         if start < len(feed.items) and feed.items[start].offset <= self.offset:
@@ -295,6 +305,12 @@ class Reading:
             return await self._older()  # the log has grown since that was its end
         return items
 
+    def _count(self, items: Sequence[Item]) -> None:
+        counts = self._hub.counts
+        counts.events.value += len(items)
+        if self._feed.gaps or self._index < 0:
+            counts.gaps.value += sum(isinstance(item.event.decoded, Gap) for item in items)
+
     async def aclose(self) -> None:
         """Free what reading holds; it may go on all the same."""
         self._ear.close()
@@ -309,11 +325,14 @@ class Hub:
     Attributes:
         closing: The gateway shuts down: all responses are to end.
         lost: The broker has been away for ``settings.outage`` seconds.
+        counts: What is counted of readers.
     """
 
-    def __init__(self, client: Client, settings: GatewaySettings) -> None:
+    def __init__(self, client: Client, settings: GatewaySettings, telemetry: Telemetry | None = None) -> None:
         self.closing = False
         self.lost = False
+        self.counts = Counts((telemetry or client.telemetry).instruments)
+        self._readers = 0
         self._client = client
         self._settings = settings
         self._feeds: dict[str, Feed] = {}
@@ -347,11 +366,18 @@ class Hub:
         """Sessions with a subscription at the broker."""
         return len(self._feeds)
 
+    @property
+    def levels(self) -> dict[str, Levels]:
+        """What its gauges stand at."""
+        return {"readers": lambda: [(self._readers, {})], "watched": lambda: [(self.watched, {})]}
+
     @asynccontextmanager
     async def read(
-        self, session: str, *, after: int = 0, valid: Callable[[], bool] = lambda: True
+        self, session: str, *, after: int = 0, resumed: bool = False, valid: Callable[[], bool] = lambda: True
     ) -> AsyncGenerator[Reading]:
         """Read a session's events behind offset ``after``, stored and to come, for as long as ``valid``.
+
+        ``resumed`` says that a client came with an offset it had, for what is counted.
 
         Raises:
             InvalidInput: ``after`` is negative.
@@ -362,11 +388,14 @@ class Hub:
             raise InvalidInput(f"after is the last offset seen, 0 for none; not {after}")
         feed = await self._join(session)
         reading = Reading(self, feed, after, valid)
+        self._readers += 1
         try:
             if after > feed.end:
                 await _check_end(feed, after)
+            self.counts.resumes.value += resumed
             yield reading
         finally:
+            self._readers -= 1
             self._leave(feed)
             with anyio.CancelScope(shield=True):
                 await reading.aclose()
@@ -428,7 +457,9 @@ class Hub:
             if self._group is None:
                 raise Unavailable("the gateway is not open")
             feed = self._feeds[session] = Feed(self._client.session(session), self._settings)
+            token = context.attach(context.Context())  # it outlives the request that begins it, and serves others
             self._group.start_soon(feed.run, self)
+            context.detach(token)
         return feed
 
     async def _sweep(self) -> None:

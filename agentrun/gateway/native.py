@@ -135,8 +135,8 @@ class _Api:
             return await durable.read(self._gateway, request, session, principal)
         after = _after(request)
         if wants_stream:
-            return await self._stream(principal, session, after)
-        return await self._page(principal, request, session, after)
+            return await self._stream(principal, session, after, resumed=after > 0)
+        return await self._page(principal, request, session, after, resumed=after > 0)
 
     async def turn_events(self, request: Request) -> Response | Stream:
         wants_stream = _wants_stream(request)
@@ -145,18 +145,22 @@ class _Api:
         principal.require("read", session)
         turn = self._do.session(session).turn(_turn_of(request))
         view = await turn.view()
-        after = max(_after(request), view.offset - 1)
+        seen = _after(request)
+        after = max(seen, view.offset - 1)
+        resumed = after == seen > 0
         if view.ended_at is not None and after >= view.ended_at:
             # An EventSource comes back when its stream ends, and stays away only after this.
             return Response(status_code=204) if wants_stream else _json({"offset": after, "events": [], "ended": True})
         if wants_stream:
-            return await self._stream(principal, session, after, turn)
-        return await self._page(principal, request, session, after, turn)
+            return await self._stream(principal, session, after, turn, resumed=resumed)
+        return await self._page(principal, request, session, after, turn, resumed=resumed)
 
-    async def _stream(self, principal: Principal, session: str, after: int, turn: Turn | None = None) -> Stream:
+    async def _stream(
+        self, principal: Principal, session: str, after: int, turn: Turn | None = None, *, resumed: bool
+    ) -> Stream:
         settings = self._gateway.settings
         opened = AsyncExitStack()
-        reading = await opened.enter_async_context(self._gateway.read(principal, session, after=after))
+        reading = await opened.enter_async_context(self._gateway.read(principal, session, after=after, resumed=resumed))
         picked = _Picked(turn)
 
         async def body(writer: Writer) -> None:
@@ -169,16 +173,24 @@ class _Api:
                 pick=None if turn is None else picked,
             )
 
-        return Stream(body, headers=EVENT_STREAM, settings=settings, opened=opened)
+        slow = self._gateway.hub.counts.slow
+        return Stream(body, headers=EVENT_STREAM, settings=settings, slow=slow, opened=opened)
 
     async def _page(
-        self, principal: Principal, request: Request, session: str, after: int, turn: Turn | None = None
+        self,
+        principal: Principal,
+        request: Request,
+        session: str,
+        after: int,
+        turn: Turn | None = None,
+        *,
+        resumed: bool,
     ) -> Response:
         wait = _number(request, "wait", 0, least=0, most=int(self._gateway.settings.long_poll))
         limit = _number(request, "limit", _MOST, least=1, most=_MOST)
         picked = _Picked(turn)
         found: list[bytes] = []
-        async with self._gateway.read(principal, session, after=after) as reading:
+        async with self._gateway.read(principal, session, after=after, resumed=resumed) as reading:
 
             async def collect() -> int:
                 return await _collect(reading, picked, found, wait=wait, limit=limit)
@@ -243,7 +255,8 @@ def _patient(gateway: Gateway, endpoint: Endpoint) -> Endpoint:
                 raise
             wait = max(round(gateway.settings.retry * 1000), 1000)
             said = f"retry: {wait}\n: {' '.join(problem.detail.split())}\n\n".encode()
-            return Stream(lambda writer: writer.write(said), headers=EVENT_STREAM, settings=gateway.settings)
+            slow = gateway.hub.counts.slow
+            return Stream(lambda writer: writer.write(said), headers=EVENT_STREAM, settings=gateway.settings, slow=slow)
 
     return patient
 

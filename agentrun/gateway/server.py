@@ -14,7 +14,10 @@ from typing import Any
 import anyio
 import uvicorn
 from anyio.abc import TaskStatus
+from opentelemetry import context
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from agentrun.gateway.telemetry import context_of
 
 __all__ = ["bind", "serve", "serving"]
 
@@ -174,6 +177,8 @@ def _logged(app: ASGIApp) -> ASGIApp:
             await app(scope, receive, noting)
         finally:
             took = time.monotonic() - began
+            token = context.attach(context_of(scope))
             log.info("%s %r %d %.3f s", scope["method"], scope["path"], status, took)
+            context.detach(token)
 
     return logged

@@ -206,7 +206,7 @@ class _Socket:
     def _watch(self, principal: Principal, after: int) -> AbstractAsyncContextManager[Reading]:
         # The socket itself is counted as a stream.
         valid = functools.partial(self._gateway.auth.holds, principal)
-        return self._gateway.hub.read(self._session, after=after, valid=valid)
+        return self._gateway.hub.read(self._session, after=after, resumed=after > 0, valid=valid)
 
     async def _pump(self, reading: Reading) -> None:
         while True:
@@ -236,6 +236,7 @@ class _Socket:
                 except WebSocketDisconnect:
                     self._end()
             if scope.cancelled_caught:
+                self._gateway.hub.counts.slow.value += 1
                 self._end()
 
 

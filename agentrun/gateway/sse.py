@@ -16,6 +16,7 @@ from agentrun.errors import AgentrunError
 from agentrun.gateway.hub import Closed, Item, Reading
 from agentrun.gateway.rights import Principal
 from agentrun.settings import GatewaySettings
+from agentrun.telemetry.instruments import Tally
 
 T = TypeVar("T")
 
@@ -62,6 +63,7 @@ class Stream:
         body: Writes the body.
         headers: The response's.
         settings: The gateway's.
+        slow: Counts the clients that are cut off.
         opened: What the body stands on; closed when the response has ended, however it does.
     """
 
@@ -71,12 +73,14 @@ class Stream:
         *,
         headers: Mapping[str, str],
         settings: GatewaySettings,
+        slow: Tally,
         opened: AsyncExitStack | None = None,
     ) -> None:
         self._body = body
         self._opened = opened or AsyncExitStack()
         self._headers = [(name.lower().encode("latin-1"), value.encode("latin-1")) for name, value in headers.items()]
         self._timeout = settings.send_timeout
+        self._slow = slow
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Respond, as ASGI has it."""
@@ -91,9 +95,14 @@ class Stream:
         whole = False
         async with anyio.create_task_group() as group:
             writer = Writer(send)
+
+            def cut_off() -> None:
+                self._slow.value += 1
+                group.cancel_scope.cancel()
+
             group.start_soon(_until_gone, receive, group.cancel_scope)
             try:
-                with _patience(writer, self._timeout, group.cancel_scope):
+                with _patience(writer, self._timeout, cut_off):
                     await self._body(writer)
                 whole = True
             except Broken:
@@ -104,14 +113,14 @@ class Stream:
 
 
 @contextmanager
-def _patience(writer: Writer, seconds: float, scope: anyio.CancelScope) -> Generator[None]:
-    """Cancel when a write takes longer. A time limit for each write would cost more than the write."""
+def _patience(writer: Writer, seconds: float, cut_off: Callable[[], None]) -> Generator[None]:
+    """Cut off when a write takes longer. A time limit for each write would cost more than the write."""
     loop = asyncio.get_running_loop()
 
     def look() -> None:
         nonlocal timer
         if writer.began and time.monotonic() - writer.began > seconds:
-            scope.cancel()
+            cut_off()
         else:
             timer = loop.call_later(seconds / 2, look)
 

@@ -39,8 +39,16 @@ class Telemetry:
         meter_provider: metrics.MeterProvider | None = None,
     ) -> None:
         version = importlib.metadata.version("agentrun")
+        self._tracers = tracer_provider
         self.tracer = trace.get_tracer(SCOPE, version, tracer_provider)
         self.instruments = Instruments(meter_provider, version)
+
+    @property
+    def enabled(self) -> bool:
+        """Whether anybody looks, at spans or metrics; if not, what costs something need not be done."""
+        used = self._tracers or trace.get_tracer_provider()
+        api_only = type(used).__module__.startswith("opentelemetry.trace")  # the API's own record nothing
+        return self.instruments.enabled or not api_only
 
 
 @functools.cache

@@ -74,7 +74,7 @@ class Instruments:
         """Let the count of a rare event stand at 0 from the beginning: only then is the first one an increase."""
         self._counters[key].add(0, attributes)
 
-    def record(self, key: str, value: float, attributes: Mapping[str, str] | None = None) -> None:
+    def record(self, key: str, value: float, attributes: Mapping[str, str | int] | None = None) -> None:
         """Record an observation of a histogram; one that a clock set back made negative counts as 0."""
         self._histograms[key].record(max(value, 0.0), attributes)
 

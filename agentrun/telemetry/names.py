@@ -34,6 +34,11 @@ class Attr:
     # General ones.
     ERROR_TYPE = "error.type"
     USER = "enduser.id"
+    HTTP_METHOD = "http.request.method"
+    HTTP_ROUTE = "http.route"
+    HTTP_STATUS = "http.response.status_code"
+    URL_PATH = "url.path"
+    URL_SCHEME = "url.scheme"
     # Ours.
     TURN = "agentrun.turn"
     OFFSET = "agentrun.offset"
@@ -252,7 +257,7 @@ class _Metrics:
         "histogram",
         "s",
         "HTTP requests; of a stream, until its headers are sent.",
-        ("http.request.method", "http.route", "http.response.status_code"),
+        (Attr.HTTP_METHOD, Attr.HTTP_ROUTE, Attr.HTTP_STATUS),
         _FAST,
     )
     readers = Metric("agentrun.gateway.readers", "gauge", "{reader}", "Streams, long polls and sockets that read.")
@@ -268,7 +273,7 @@ class _Metrics:
         "agentrun.gateway.slow_readers",
         "counter",
         "{reader}",
-        "Readers that were disconnected because they were slower than their session; they resume.",
+        "Readers that fell behind what is kept for them, or were cut off since they took nothing; they resume.",
     )
     events = Metric("agentrun.gateway.events", "counter", "{event}", "Events given to readers.")
 

@@ -83,7 +83,7 @@ def cpu(pid: int) -> float:
 def measure(turns: int, rate: int, outage: float, buffer: int) -> Figures:
     """Run it."""
     with NatsServer() as server:
-        cli = new_cli(server)
+        cli = new_cli(server.url)
         try:
             flags = ("--lease", "60", "--concurrency", str(turns), "--buffer-events", str(buffer))
             worker = cli.worker("w", *flags)

@@ -11,6 +11,9 @@ from typing import Any
 
 import pytest
 
+from agentrun.cli._place import version
+from tests.e2e.processes import one_line, within
+
 
 def run(*arguments: str, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
@@ -91,10 +94,41 @@ def test_a_table_for_people() -> None:
     assert "nats-server" in done.stdout
 
 
+# Each bench that needs no worker process once, and each broker once.
+@pytest.mark.parametrize(
+    ("what", "broker", "expected"),
+    [
+        ("turns", ("--url", "memory://bench"), {"turns_measured": 2}),
+        ("resume", ("--url", "memory://bench"), {"exact": "2 of 2"}),
+        ("tokens", ("--broker", "nats"), {"tokens": 50, "lost": 0, "doubled": 0}),
+        ("tokens", ("--broker", "valkey"), {"tokens": 50, "lost": 0, "doubled": 0}),
+        ("cancel", ("--broker", "sqlite"), {"receipts": "2 cancelled"}),
+    ],
+)
+def test_within_one_process(what: str, broker: tuple[str, str], expected: dict[str, Any]) -> None:
+    small = ("--sessions", "2", "--rounds", "1", "--seconds", "0.5", "--events", "200", "--readers", "2")
+    *_, figures = measure(what, "--workers", "0", *small, *broker).values()
+    assert expected.items() <= figures.items()
+    assert all(value > 0 for name, value in figures.items() if name.endswith("_p50_ms"))
+    assert {name.partition("_cpu_")[0] for name in figures if "_cpu_" in name} <= {"process", "server"}
+
+
+@pytest.mark.parametrize("what", ["takeover", "gateway", "scale", "all"])
+def test_what_needs_worker_processes_is_refused_without(what: str) -> None:
+    assert f"{what} needs worker processes" in one_line(within("bench", what, "--workers", "0", code=2).err)
+
+
 def test_what_processes_cannot_share_is_refused() -> None:
     done = run("tokens", "--url", "memory://x")
     assert done.returncode == 1
     assert "lives in one process" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("kind", "named"), [("nats", "nats-server"), ("valkey", "valkey-server"), ("sqlite", "SQLite")]
+)
+def test_what_was_measured_is_named_with_its_version(kind: str, named: str) -> None:
+    assert re.fullmatch(rf"{named} \d+\.\d+\.\d+", version(kind))
 
 
 def test_a_broker_named_in_the_environment_is_left_alone() -> None:

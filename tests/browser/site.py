@@ -34,7 +34,7 @@ class Site:
     def __init__(self, server: NatsServer) -> None:
         self._server = server
         self._thread = ThreadPoolExecutor(1)
-        self.cli: Cli = self._away(lambda: new_cli(server))
+        self.cli: Cli = self._away(lambda: new_cli(server.url))
         self._workers = {name: self.start_worker(name) for name in ("one", "two")}
         self.gateway = self.start_gateway()
         self.url = self.address_of(self.gateway)

@@ -24,7 +24,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.chaos", description="Break everything; see what holds.")
     parser.add_argument("--minutes", type=float, default=5.0)
     parser.add_argument("--seed", type=int, help="default: a new one, which is printed")
-    parser.add_argument("--cluster", action="store_true", help="three servers, three replicas")
+    parser.add_argument("--broker", choices=("nats", "valkey"), default="nats")
+    parser.add_argument("--cluster", action="store_true", help="of NATS: three servers, three replicas")
     parser.add_argument("--workers", type=int, default=4)
     parser.add_argument("--sessions", type=int, default=40, help="at once")
     parser.add_argument("--lease", type=float, default=3.0, help="seconds")
@@ -33,12 +34,14 @@ def main() -> int:
     parser.add_argument("--mutant", choices=MUTANTS, help="break a promise, and see it found out")
     parser.add_argument("--folder", type=Path, help="for the notes; default: a new one")
     given = parser.parse_args()
+    if given.broker != "nats" and (given.cluster or given.mutant):
+        parser.error("--cluster and --mutant are for --broker nats")
     seed = given.seed if given.seed is not None else random.randrange(1_000_000)
     folder = given.folder or Path(tempfile.mkdtemp(prefix="agentrun-chaos-"))
     setup = Setup(
         folder=folder,
         seed=seed,
-        cluster=given.cluster,
+        broker=f"{given.broker} cluster" if given.cluster else given.broker,
         workers=given.workers,
         lease=given.lease,
         mutant=given.mutant,

@@ -18,7 +18,7 @@ class Cable:
     meanwhile arrives once the cable is restored, as TCP does it. Slow: everything passes late, in order.
 
     Args:
-        target: Where it leads.
+        target: Where it leads; when that is changed, it holds for connections that are made from then on.
         port: Its own; 0: a free one.
     """
 

@@ -5,37 +5,16 @@ from __future__ import annotations
 import random
 import signal
 import time
-from collections.abc import Awaitable, Callable, Mapping, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
 
 import anyio
 
-from agentrun.brokers.server import NatsServer
 from agentrun.errors import AgentrunError
 from tests.chaos.cable import Cable
 from tests.chaos.evidence import Fault, Notebook
+from tests.chaos.plan import SERVERS, Plan, Plans
 from tests.chaos.process import Process
-from tests.chaos.routes import Routes, Way
 from tests.chaos.stage import LOAD, Stage
-
-_PARTED: Mapping[str, Callable[[Routes, int], list[Way]]] = {
-    "cut off": Routes.alone,
-    "cut off from one": Routes.link,
-    "silent": Routes.alone,
-    "deaf": Routes.to,
-    "mute": Routes.of,
-}
-"""How a server can be parted from the others, and what does not pass then."""
-
-
-class Plan(NamedTuple):
-    """One fault that is going to be: on what, for how long, and how."""
-
-    target: str
-    seconds: float
-    act: Callable[[], Awaitable[None]]
-    lives: Sequence[str] = ()
-    """The processes that it befalls, as they are named in this life."""
 
 
 class Faults:
@@ -66,7 +45,7 @@ class Faults:
         self._pace = pace
         self._surely = list(surely)
         self._busy: set[str] = set()
-        plans: dict[str, tuple[float, Callable[[], Plan | None]]] = {
+        self._plans: Plans = {
             "kill": (3, self._kill),
             "kill all workers": (0.5, self._kill_workers),
             "suspend": (3, self._suspend),
@@ -80,16 +59,9 @@ class Faults:
             "cable cut": (3, self._cut),
             "cable silent": (3, self._silence),
             "cable slow": (1, self._slow),
+            **stage.servers.plans(dice),
         }
-        if stage.setup.cluster:
-            plans |= {
-                "leader crash": (2, self._leader_crash),
-                "leader steps down": (2, self._step_down),
-                "partition": (2, self._partition),
-                "leader parted": (2, self._leader_parted),
-            }
-        self._plans = plans
-        self._kinds = list(kinds or plans)
+        self._kinds = list(kinds or self._plans)
 
     async def run(self, until: float) -> None:
         """Go on until then, on the monotonic clock; returns when what was broken last is mended."""
@@ -194,53 +166,15 @@ class Faults:
 
     def _server_crash(self) -> Plan:
         server, away = self._dice.choice(self._stage.servers.all), self._dice.uniform(0.0, 3.0)
-        return Plan("servers", away, lambda: self._stage.servers.crash(server, away))
+        return Plan(SERVERS, away, lambda: self._stage.servers.crash(server, away))
 
     def _server_restart(self) -> Plan:
         server = self._dice.choice(self._stage.servers.all)
-        return Plan("servers", 0.0, lambda: self._stage.servers.restart(server))
+        return Plan(SERVERS, 0.0, lambda: self._stage.servers.restart(server))
 
     def _server_suspend(self) -> Plan:
         server, seconds = self._dice.choice(self._stage.servers.all), self._dice.uniform(0.2, 6.0)
-        return Plan("servers", seconds, lambda: self._stage.servers.freeze(server, seconds))
-
-    def _leader_crash(self) -> Plan:
-        away = self._dice.uniform(0.0, 3.0)
-
-        async def act() -> None:
-            servers = self._stage.servers
-            await servers.crash(await servers.leader(), away)
-
-        return Plan("servers", away, act)
-
-    def _step_down(self) -> Plan:
-        what = self._dice.choice(["STREAM", *(f"CONSUMER.q-{name}" for name in self._stage.place.agents)])
-        return Plan("servers", 0.0, lambda: self._stage.servers.step_down(what))
-
-    def _partition(self) -> Plan:
-        servers = self._stage.servers
-        server = self._dice.choice(servers.all)
-
-        async def whom() -> NatsServer:
-            return server
-
-        return self._parted(f"server {servers.all.index(server)}", whom)
-
-    def _leader_parted(self) -> Plan:
-        return self._parted("the leader", self._stage.servers.leader)
-
-    def _parted(self, name: str, whom: Callable[[], Awaitable[NatsServer]]) -> Plan:
-        """Its clients stay with it."""
-        how = self._dice.choice(list(_PARTED))
-        # From less than it takes to elect another leader, to more than it takes a leader to see that it is alone.
-        seconds = self._dice.uniform(2.0, 12.0)
-
-        async def act() -> None:
-            servers = self._stage.servers
-            ways = _PARTED[how](servers.routes, servers.all.index(await whom()))
-            await servers.part(ways, seconds, cut=how.startswith("cut"))
-
-        return Plan("servers", seconds, act, [f"{name}: {how}"])
+        return Plan(SERVERS, seconds, lambda: self._stage.servers.freeze(server, seconds))
 
     def _full(self) -> Plan:
         seconds = self._dice.uniform(0.5, 3.0)
@@ -252,7 +186,7 @@ class Faults:
             finally:
                 await self._stage.servers.limit(full=False)
 
-        return Plan("servers", seconds, act)
+        return Plan(SERVERS, seconds, act)
 
     # --------------------------------------------------------------------------------------------------- cables
 
@@ -265,7 +199,7 @@ class Faults:
             n = self._dice.randrange(len(stage.to_gateways))
             return f"{LOAD} to g{n}", [stage.to_gateways[n]]
         if which < 0.25:
-            n = self._dice.randrange(len(stage.servers.all))
+            n = self._dice.randrange(len(stage.cables[LOAD]))
             return f"all to server {n}", [stage.cables[name][n] for name in names]
         name = self._dice.choice(names)
         cables = stage.cables[name]

@@ -11,7 +11,7 @@ class Place(Struct, frozen=True, kw_only=True):
     """What the stage gives to the load. All urls lead over cables, which are cut, and to processes, which die."""
 
     brokers: tuple[str, ...]
-    """The servers, as clients reach them: ``nats://127.0.0.1:port``, one or three."""
+    """The servers, as clients reach them: ``nats://127.0.0.1:port``, one or three, or ``valkey://…``, one."""
     namespace: str
     gateways: tuple[str, ...]
     """Base urls, ``http://127.0.0.1:port``. They stay the same when a gateway is started again; while it is away,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import signal
 import time
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator, Callable, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 
@@ -18,9 +18,11 @@ from agentrun.worker import WORKERS
 from tests.chaos.agents import AGENTS
 from tests.chaos.cable import Cable
 from tests.chaos.evidence import Fault, Notebook, Stored, Unended
+from tests.chaos.nats_servers import NatsServers
 from tests.chaos.place import Place
 from tests.chaos.process import Process
 from tests.chaos.servers import Servers, free_ports
+from tests.chaos.valkey_servers import ValkeyServers
 from tests.chaos.worker import POINTS, Options
 
 LOAD = "load"
@@ -35,13 +37,21 @@ _UNDER_WAY = 0.5
 """Seconds after which nothing that a process has sent is still on its way."""
 _NAMESPACE = "chaos"
 
+BROKERS: Mapping[str, Callable[[str], Servers]] = {
+    "nats": lambda namespace: NatsServers(1, namespace),
+    "nats cluster": lambda namespace: NatsServers(3, namespace),
+    "valkey": ValkeyServers,
+}
+"""What a run may take place on; each is made for a namespace."""
+
 
 class Setup(Struct, frozen=True, kw_only=True):
     """What is put on the stage."""
 
     folder: Path
     seed: int = 0
-    cluster: bool = False
+    broker: str = "nats"
+    """One of `BROKERS`."""
     workers: int = 4
     gateways: int = 2
     lease: float = 3.0
@@ -67,7 +77,7 @@ class Stage:
 
     def __init__(self, setup: Setup, book: Notebook) -> None:
         self.setup = setup
-        self.servers = Servers(3 if setup.cluster else 1, _NAMESPACE)
+        self.servers = BROKERS[setup.broker](_NAMESPACE)
         self.workers: list[Process] = []
         self.gateways: list[Process] = []
         self.cables: dict[str, list[Cable]] = {}
@@ -88,7 +98,7 @@ class Stage:
         workers = [f"w{n}" for n in range(self.setup.workers)]
         gateways = [f"g{n}" for n in range(self.setup.gateways)]
         for name in (LOAD, *workers, *gateways):
-            self.cables[name] = [await stack.enter_async_context(Cable(s.port)) for s in self.servers.all]
+            self.cables[name] = [await stack.enter_async_context(cable) for cable in self.servers.cables()]
         self.to_gateways = [await stack.enter_async_context(Cable(port)) for port in ports]
         self.workers = [self._worker(name) for name in workers]
         self.gateways = [self._gateway(name, port) for name, port in zip(gateways, ports, strict=True)]
@@ -101,7 +111,7 @@ class Stage:
         )
 
     def _urls(self, name: str) -> list[str]:
-        return [f"nats://127.0.0.1:{cable.port}" for cable in self.cables[name]]
+        return [self.servers.url(cable.port) for cable in self.cables[name]]
 
     def _worker(self, name: str) -> Process:
         def command(life: int) -> list[str]:

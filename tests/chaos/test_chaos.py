@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 import random
-from collections.abc import AsyncGenerator
-from contextlib import asynccontextmanager
 from pathlib import Path
 
 import anyio
 import pytest
 
-import agentrun
-from agentrun import Client, ClientSettings, Turn
-from agentrun.wire import TurnStarted
+from agentrun import Turn
 from tests.chaos.checker import Rule, check
-from tests.chaos.evidence import Began, Notebook, Sent, read_notes
+from tests.chaos.evidence import read_notes
 from tests.chaos.load import Scale
 from tests.chaos.play import Outcome, play
 from tests.chaos.readers import EventStream
-from tests.chaos.stage import Setup, Stage, open_stage
+from tests.chaos.scene import Scene, open_scene
+from tests.chaos.stage import Setup
 
 pytestmark = pytest.mark.timeout(240)
 
@@ -32,9 +29,15 @@ async def test_promises_hold_while_processes_and_connections_break(tmp_path: Pat
 
 
 async def test_promises_hold_while_a_cluster_loses_its_leader(tmp_path: Path) -> None:
-    setup = Setup(folder=tmp_path, seed=8, cluster=True)
+    setup = Setup(folder=tmp_path, seed=8, broker="nats cluster")
     surely = ("kill", "leader crash", "leader steps down", "leader parted")
     _assert_kept(await play(setup, SCALE, seconds=30, pace=2.0, surely=surely), surely)
+
+
+async def test_promises_hold_on_valkey_while_it_breaks_and_fails_over(tmp_path: Path) -> None:
+    setup = Setup(folder=tmp_path, seed=9, broker="valkey")
+    surely = ("kill", "server crash", "failover", "clients killed", "scripts flushed", "server suspend")
+    _assert_kept(await play(setup, SCALE, seconds=25, pace=1.5, surely=surely), surely)
 
 
 def _assert_kept(outcome: Outcome, happened: tuple[str, ...]) -> None:
@@ -47,46 +50,6 @@ def _assert_kept(outcome: Outcome, happened: tuple[str, ...]) -> None:
     assert sum(figures.turns.values()) > 20
     assert figures.events > 200
     assert figures.takeovers.count > 0
-
-
-class Scene:
-    """A stage, and a client on it that notes what it sends."""
-
-    def __init__(self, stage: Stage, client: Client, book: Notebook) -> None:
-        self.stage = stage
-        self.client = client
-        self.book = book
-
-    async def send(self, session: str, id: str, text: str) -> Turn:
-        """Send a turn, and note it."""
-        turn = await self.client.session(session, agent="chaos").send(text, id=id)
-        self.book.note(Sent(session=session, turn=id, offset=turn.offset, on_busy="enqueue", text=text))
-        return turn
-
-    async def attempt(self, turn: Turn, number: int) -> None:
-        """Wait until such an attempt at a turn has begun."""
-        async with turn.session.follow() as events:
-            async for event in events:
-                if event.turn == turn.id and isinstance(event.data, TurnStarted) and event.data.attempt >= number:
-                    return
-
-
-@asynccontextmanager
-async def broken(mutant: str, folder: Path, **more: int) -> AsyncGenerator[Scene]:
-    """Have workers and gateways that break a promise, and nothing else that breaks by itself."""
-    book = Notebook(folder, "stage")
-    setup = Setup(folder=folder, mutant=mutant, points={}, small_faults=0.0, lease=2.0, gateways=1, **more)
-    settings = ClientSettings(cancel_wait=1.0)
-    try:
-        async with (
-            open_stage(setup, book) as stage,
-            agentrun.connect(stage.place.broker, namespace=stage.place.namespace, settings=settings) as client,
-        ):
-            book.note(Began(seed=0))
-            yield Scene(stage, client, book)
-            await stage.dump()
-    finally:
-        book.close()
 
 
 def rules(folder: Path) -> set[Rule]:
@@ -102,7 +65,7 @@ async def _all_have(scene: Scene, turns: list[Turn], attempt: int) -> None:
 
 
 async def test_an_owner_that_is_not_fenced_is_found_out(tmp_path: Path) -> None:
-    async with broken("fence", tmp_path, workers=2) as scene:
+    async with open_scene(tmp_path, mutant="fence", workers=2) as scene:
         first, second = scene.stage.workers
         second.freeze()
         turns = [await scene.send(f"s{n}", "t", "count 300 20") for n in range(6)]
@@ -120,14 +83,14 @@ async def test_an_owner_that_is_not_fenced_is_found_out(tmp_path: Path) -> None:
 
 
 async def test_turns_that_overtake_each_other_are_found_out(tmp_path: Path) -> None:
-    async with broken("order", tmp_path, workers=2) as scene:
+    async with open_scene(tmp_path, mutant="order", workers=2) as scene:
         turns = [await scene.send("s", f"t{n}", "count 500 20") for n in range(3)]
         await _all_have(scene, turns, 1)
     assert rules(tmp_path) & {Rule.ORDER, Rule.OWNER}
 
 
 async def test_a_reader_that_misses_events_is_found_out(tmp_path: Path) -> None:
-    async with broken("join", tmp_path, workers=1) as scene:
+    async with open_scene(tmp_path, mutant="join", workers=1) as scene:
         turn = await scene.send("s", "t", "count 150 20")
         place = scene.stage.place
         reader = EventStream(place, scene.client, scene.book, random.Random(3), name="r", session="s")
@@ -150,7 +113,7 @@ async def test_a_reader_that_misses_events_is_found_out(tmp_path: Path) -> None:
 
 
 async def test_a_stop_that_nobody_looks_for_is_found_out(tmp_path: Path) -> None:
-    async with broken("cancel", tmp_path, workers=2) as scene:
+    async with open_scene(tmp_path, mutant="cancel", workers=2) as scene:
         for worker in scene.stage.workers:
             worker.freeze()
         turn = await scene.send("s", "t", "count 5 20")
@@ -166,7 +129,7 @@ async def test_nothing_outlives_a_run_that_fails(tmp_path: Path) -> None:
     left: list[Scene] = []
 
     async def fail() -> None:
-        async with broken("cancel", tmp_path, workers=1) as scene:
+        async with open_scene(tmp_path, mutant="cancel", workers=1) as scene:
             left.append(scene)
             scene.stage.workers[0].freeze()
             raise ValueError("as a fault of the harness would")

@@ -43,7 +43,7 @@ SCALE = Scale(sessions=12, readers=4, think=0.3, life=6, longest=3)
 @pytest.fixture
 def place(nats_server: NatsServer, tmp_path: Path) -> Iterator[Place]:
     """A worker and a gateway."""
-    cli = new_cli(nats_server)
+    cli = new_cli(nats_server.url)
     try:
         agents = ("chaos", "fresh")
         worker = cli.start("worker", *(f"tests.chaos.agents:{agent}" for agent in agents), "--name", "w")

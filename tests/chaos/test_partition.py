@@ -12,8 +12,8 @@ import pytest
 import agentrun
 from agentrun import Client, Session, Unavailable
 from agentrun.brokers.server import NatsServer
+from tests.chaos.nats_servers import NatsServers
 from tests.chaos.routes import Leaky
-from tests.chaos.servers import Servers
 
 T = TypeVar("T")
 
@@ -24,23 +24,23 @@ PER_PEER = 4
 
 
 @pytest.fixture
-async def servers() -> AsyncGenerator[Servers]:
-    servers = Servers(3, "chaos")
+async def servers() -> AsyncGenerator[NatsServers]:
+    servers = NatsServers(3, "chaos")
     async with servers.run():
         yield servers
 
 
-async def connections(servers: Servers) -> list[int]:
+async def connections(servers: NatsServers) -> list[int]:
     return [len(await servers.routes.routes(n)) for n in range(3)]
 
 
-async def until_whole(servers: Servers) -> None:
+async def until_whole(servers: NatsServers) -> None:
     with anyio.fail_after(30):
         while await connections(servers) != [2 * PER_PEER] * 3:  # noqa: ASYNC110 - servers ring no bell
             await anyio.sleep(0.1)
 
 
-async def test_a_server_is_cut_off_and_comes_back(servers: Servers) -> None:
+async def test_a_server_is_cut_off_and_comes_back(servers: NatsServers) -> None:
     await until_whole(servers)
     names = [server.name for server in servers.all]
     async with servers.routes.parted(servers.routes.alone(1), names, cut=True):
@@ -53,7 +53,7 @@ async def test_a_server_is_cut_off_and_comes_back(servers: Servers) -> None:
     await until_whole(servers)
 
 
-async def test_a_partition_that_lets_something_pass_is_no_silent_one(servers: Servers) -> None:
+async def test_a_partition_that_lets_something_pass_is_no_silent_one(servers: NatsServers) -> None:
     names = [server.name for server in servers.all]
     leader = servers.all.index(await servers.leader())
     for ways in (servers.routes.alone(leader), servers.routes.of(leader), servers.routes.to(leader)):
@@ -73,7 +73,7 @@ def connected(servers: list[NatsServer]) -> AbstractAsyncContextManager[Client]:
     return agentrun.connect(",".join(server.url for server in servers), namespace="chaos")
 
 
-async def test_a_leader_that_is_cut_off_says_of_nothing_that_it_is_not_there(servers: Servers) -> None:
+async def test_a_leader_that_is_cut_off_says_of_nothing_that_it_is_not_there(servers: NatsServers) -> None:
     names = [server.name for server in servers.all]
     leader = await servers.leader()
     others = [server for server in servers.all if server is not leader]

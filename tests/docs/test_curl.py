@@ -21,7 +21,7 @@ _VARIES = re.compile(r'("(?:time|took|lease)":|^retry: )("[0-9a-f]+"|[0-9.e-]+)'
 
 @pytest.fixture
 def cli(nats_server: NatsServer) -> Iterator[Cli]:
-    cli = new_cli(nats_server)
+    cli = new_cli(nats_server.url)
     try:
         yield cli
     finally:

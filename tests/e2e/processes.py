@@ -1,4 +1,4 @@
-"""Real processes of the command line against a real NATS server. Whatever a test starts is ended with it."""
+"""Real processes of the command line against a real broker. Whatever a test starts is ended with it."""
 
 from __future__ import annotations
 
@@ -18,11 +18,13 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import anyio
+import pytest
+from click.testing import CliRunner
 
 import agentrun
 from agentrun import brokers
-from agentrun.brokers.server import NatsServer
 from agentrun.brokers.streams import Streams
+from agentrun.cli import main
 from agentrun.client import Client, Event
 
 ROOT = Path(__file__).parents[2]
@@ -32,11 +34,15 @@ _COLOUR = re.compile(r"\x1b\[([0-9;]*m|\?2004[hl])")
 
 
 def environment(url: str, namespace: str, more: Mapping[str, str] | None = None) -> dict[str, str]:
-    """What a command is started with; nothing of what the tests themselves were started with matters to it."""
+    """What a command is started with; nothing of what the tests themselves were started with matters to it.
+
+    Without a URL it is left to the command where its broker is.
+    """
     meant = ("NO_COLOR", "FORCE_COLOR", "PYTHONDONTWRITEBYTECODE")
     kept = {key: value for key, value in os.environ.items() if not key.startswith("AGENTRUN_") and key not in meant}
-    ours = {"AGENTRUN_URL": url, "AGENTRUN_NAMESPACE": namespace, "PYTHONUNBUFFERED": "1", "TERM": "xterm"}
-    return {**kept, **ours, **(more or {})}
+    ours = {"AGENTRUN_NAMESPACE": namespace, "PYTHONUNBUFFERED": "1", "TERM": "xterm"}
+    where = {"AGENTRUN_URL": url} if url else {}
+    return {**kept, **ours, **where, **(more or {})}
 
 
 class Result:
@@ -58,6 +64,20 @@ class Result:
 
     def __repr__(self) -> str:
         return f"exit code {self.code}\n--- stdout\n{self.out}\n--- stderr\n{self.err}"
+
+
+def one_line(text: str) -> str:
+    """What is on stderr of a command that could not do it: one line."""
+    assert text.startswith("agentrun: "), text
+    assert text.count("\n") == 1, text
+    return text
+
+
+def within(*arguments: object, code: int = 0, env: Mapping[str, str] | None = None) -> Result:
+    """Run a command within this process, at a tenth of the cost: one that neither streams to stdout nor serves."""
+    result = CliRunner(env={"AGENTRUN_URL": None, **(env or {})}).invoke(main, [str(word) for word in arguments])
+    assert result.exit_code == code, result.output
+    return Result(result.exit_code, result.stdout, result.stderr)
 
 
 class Running:
@@ -183,7 +203,7 @@ class Terminal:
 
 
 class Cli:
-    """The command line in one namespace of one server."""
+    """The command line in one namespace of one broker."""
 
     def __init__(self, url: str, namespace: str) -> None:
         self.url = url
@@ -226,6 +246,11 @@ class Cli:
         result = running.wait()
         assert code is None or result.code == code, result
         return result
+
+    def within(self, *arguments: object, code: int = 0) -> Result:
+        """Run a command to its end within this process."""
+        where = {"AGENTRUN_URL": self.url, "AGENTRUN_NAMESPACE": self.namespace}
+        return within(*arguments, code=code, env=where)
 
     def worker(self, name: str, *flags: object, agent: str = "workers.echo:echo") -> Running:
         """Start a worker, and wait until it works."""
@@ -278,11 +303,18 @@ class Cli:
             process.end()
 
 
-def new_cli(server: NatsServer, streams: Streams | None = None) -> Cli:
-    cli = Cli(server.url, f"e{uuid.uuid4().hex[:10]}")
+def on(*brokers: str) -> pytest.MarkDecorator:
+    """Run a test on each of these brokers; see conftest.py for which run where."""
+    return pytest.mark.parametrize("broker", brokers, indirect=True)
+
+
+def new_cli(url: str, streams: Streams | None = None) -> Cli:
+    """A namespace that is set up; ``streams`` is for servers."""
+    cli = Cli(url, f"e{uuid.uuid4().hex[:10]}")
+    options = {} if streams is None else {"streams": streams}
 
     async def set_up() -> None:
-        async with brokers.connect(cli.url, namespace=cli.namespace, check=False, streams=streams) as broker:
+        async with brokers.connect(cli.url, namespace=cli.namespace, check=False, **options) as broker:
             await broker.setup()
 
     anyio.run(set_up)

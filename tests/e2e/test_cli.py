@@ -2,25 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
-import re
 import signal
-import socket
 import subprocess
 import sys
 import time
-import urllib.request
-from pathlib import Path
 
 import click
 import pytest
 from click.testing import CliRunner
 
-from agentrun.brokers.server import NatsServer
 from agentrun.cli import main
-from tests.e2e.processes import ROOT, Cli, environment, new_cli
+from tests.e2e.processes import ROOT, Cli, environment, new_cli, one_line
 
 # ------------------------------------------------------------------------------------------------------- send
 
@@ -280,8 +273,8 @@ def test_a_worker_with_nothing_to_do_ends_at_once(cli: Cli) -> None:
 # ------------------------------------------------------------------------------------------------------- settings
 
 
-def test_every_option_is_an_environment_variable(server: NatsServer, session: str) -> None:
-    cli = new_cli(server)
+def test_every_option_is_an_environment_variable(broker: str, session: str) -> None:
+    cli = new_cli(broker)
     try:
         worker = cli.start(
             "worker",
@@ -304,12 +297,6 @@ def test_every_option_is_an_environment_variable(server: NatsServer, session: st
 
 
 # ------------------------------------------------------------------------------------------------------- errors
-
-
-def one_line(text: str) -> str:
-    assert text.startswith("agentrun: "), text
-    assert text.count("\n") == 1, text
-    return text
 
 
 @pytest.mark.parametrize(
@@ -344,8 +331,8 @@ def test_two_agents_leave_send_with_a_question(cli: Cli, session: str) -> None:
     assert "--agent" in one_line(nobody.err)
 
 
-def test_setup_says_what_it_does(server: NatsServer) -> None:
-    cli = Cli(server.url, "setup-test")
+def test_setup_says_what_it_does(broker: str) -> None:
+    cli = Cli(broker, "setup-test")
     try:
         dry = cli.run("setup", "--dry-run", "--partitions", "2").out
         assert dry.count("would create stream") == 2
@@ -367,117 +354,3 @@ def test_help_names_every_command_and_the_document_does_too() -> None:
         assert command is not None
         assert command.name == name
         assert command.help
-
-
-# ------------------------------------------------------------------------------------------------------- dev
-
-
-def test_dev_starts_restarts_and_stops_cleanly(server: NatsServer, session: str, tmp_path: Path) -> None:
-    cli = Cli(server.url, "default")
-    try:
-        dev = cli.start("dev", "--port", "0", "--http-port", "0", "--data", tmp_path / "kept", "--lease", "2")
-        cli.url = dev.until(r"server +(nats://\S+?),")[1]
-        dev.until("dev-1 runs echo")
-        dev.until("dev-2 runs echo")
-        workers = cli.run("status", "--json").json["workers"]
-        assert [w["worker"] for w in workers] == ["dev-1", "dev-2"]
-        os.kill(workers[0]["pid"], signal.SIGKILL)
-        dev.until(r"dev-1 \| died of signal 9.*started again")
-        assert cli.run("send", session, "hello").out.strip() == "hello"
-        dev.until(r"(?s)started again.*dev-1 runs echo")
-        pids = [w["pid"] for w in cli.run("status", "--json").json["workers"]]
-        dev.signal(signal.SIGINT)
-        result = dev.wait()
-        assert result.code == 0, result
-        assert result.out.endswith("stopped\n")
-        for pid in pids:
-            with pytest.raises(ProcessLookupError):
-                os.kill(pid, 0)
-        with pytest.raises(ConnectionRefusedError):
-            socket.create_connection(("127.0.0.1", int(cli.url.rpartition(":")[2])))
-        assert (tmp_path / "kept").is_dir()
-    finally:
-        cli.end()
-
-
-def children(pid: int) -> dict[str, int]:
-    """The processes that a process has started, by the command of ours that they run."""
-    found: dict[str, int] = {}
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            parent = int(stat.read_text().rpartition(")")[2].split()[1])
-            words = (stat.parent / "cmdline").read_bytes().decode().split("\0")
-        except OSError:
-            continue
-        if parent == pid:
-            found |= {name: int(stat.parent.name) for name in ("gateway", "worker") if name in words}
-    return found
-
-
-def served(address: str) -> str:
-    """The web page's title, waited for."""
-    end = time.monotonic() + 15
-    while True:
-        try:
-            with urllib.request.urlopen(address, timeout=5) as response:
-                return re.search("<title>(.*)</title>", response.read().decode())[1]
-        except OSError:
-            assert time.monotonic() < end, "the page is not served"
-            time.sleep(0.1)
-
-
-def test_dev_serves_the_page_and_starts_its_gateway_again(server: NatsServer) -> None:
-    cli = Cli(server.url, "default")
-    try:
-        dev = cli.start("dev", "--port", "0", "--http-port", "0", "--ephemeral", "--workers", "1")
-        address = dev.until(r"page +(http://\S+)")[1]
-        assert served(address) == "agentrun"
-        os.kill(children(dev.process.pid)["gateway"], signal.SIGKILL)
-        dev.until(r"gateway \| died of signal 9.*started again")
-        assert served(address) == "agentrun"
-        dev.signal(signal.SIGINT)
-        assert dev.wait().out.endswith("stopped\n")
-        with pytest.raises(OSError):  # noqa: PT011 - refused, whatever the platform calls it
-            urllib.request.urlopen(address, timeout=5)
-    finally:
-        cli.end()
-
-
-def test_dev_takes_a_free_port_where_the_usual_one_is_taken(server: NatsServer) -> None:
-    cli = Cli(server.url, "default")
-    with contextlib.ExitStack() as stack:
-        stack.callback(cli.end)
-        with contextlib.suppress(OSError):  # somebody else has it: just as well
-            stack.enter_context(socket.create_server(("127.0.0.1", 8080)))
-        dev = cli.start("dev", "--port", "0", "--ephemeral", "--workers", "1")
-        dev.until("port 8080 is taken")
-        assert served(dev.until(r"page +(http://127\.0\.0\.1:(?!8080)\d+/)")[1]) == "agentrun"
-        result = cli.run("dev", "--port", "0", "--http-port", "8080", "--ephemeral", code=1)
-        assert "port 8080 is taken" in one_line(result.err)
-
-
-def test_dev_that_is_killed_leaves_nothing(server: NatsServer) -> None:
-    cli = Cli(server.url, "default")
-    try:
-        dev = cli.start("dev", "--port", "0", "--http-port", "0", "--ephemeral", "--workers", "1")
-        cli.url = dev.until(r"server +(nats://\S+?),")[1]
-        dev.until("dev-1 runs echo")
-        (worker,) = cli.run("status", "--json").json["workers"]
-        gateway = children(dev.process.pid)["gateway"]
-        dev.signal(signal.SIGKILL)
-        dev.process.wait()
-        end = time.monotonic() + 15
-        while any(Path(f"/proc/{pid}").exists() for pid in (worker["pid"], gateway)):
-            assert time.monotonic() < end, "a process is still there"
-            time.sleep(0.1)
-    finally:
-        cli.end()
-
-
-def test_dev_gives_up_on_agents_it_cannot_load(server: NatsServer) -> None:
-    cli = Cli(server.url, "default")
-    try:
-        result = cli.run("dev", "nowhere:x", "--port", "0", "--http-port", "0", "--ephemeral", code=2)
-        assert "there is no module nowhere" in result.out
-    finally:
-        cli.end()

@@ -15,8 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from agentrun.brokers.server import NatsServer
-from tests.e2e.processes import Cli, new_cli
+from tests.e2e.processes import Cli, new_cli, on
 
 
 @pytest.fixture
@@ -30,7 +29,8 @@ def file(tmp_path: Path) -> Iterator[Cli]:
         cli.end()
 
 
-def test_a_namespace_moves_into_a_file_and_back(cli: Cli, file: Cli, server: NatsServer) -> None:
+@on("nats", "valkey")
+def test_a_namespace_moves_into_a_file_and_back(cli: Cli, file: Cli) -> None:
     worker = cli.worker("w", "--ask-hold", "0.1")
     cli.run("send", "a", "hello you", "--id", "t1")
     cli.send("b", "approve 3 1", "t2")
@@ -55,7 +55,7 @@ def test_a_namespace_moves_into_a_file_and_back(cli: Cli, file: Cli, server: Nat
     assert file.run("history", "a").out == cli.run("history", "a").out
     assert file.run("send", "a", "and on", "--id", "t4").out.strip() == "and on"
 
-    back = new_cli(server)
+    back = new_cli(cli.url)
     try:
         moved = back.run("import", "--json", stdin=file.run("export", "a", "b", "c").out).json
         assert (moved["sessions"], moved["known"], moved["refused"]) == (3, 0, 0)

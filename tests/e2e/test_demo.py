@@ -14,8 +14,9 @@ import urllib.request
 import anyio
 import pytest
 
+from agentrun.client import connect
 from agentrun.testing.openai_server import FakeOpenAI, Refuse, Text
-from tests.e2e.processes import Terminal
+from tests.e2e.processes import Terminal, on
 
 COLUMNS = "140"
 
@@ -38,6 +39,7 @@ def test_the_demonstration_counts_what_it_shows() -> None:
     done = subprocess.run(
         command("--speed", "5", "--http-port", "0"), capture_output=True, text=True, timeout=55, env=environment()
     )
+    assert "(nats-server, process " in done.stdout
     assert done.returncode == 0, done.stdout + done.stderr
     rows = table(done.stdout)
     assert {good for _, good in rows.values()} == {"ok"}
@@ -55,6 +57,28 @@ def test_the_demonstration_counts_what_it_shows() -> None:
     assert re.search(r"page +http://127\.0\.0\.1:\d+/\?session=demo-\w+\n", done.stdout)
     assert "went on from what was stored" in done.stdout
     assert done.stderr == ""
+
+
+@on("valkey", "sqlite")
+def test_on_a_broker_of_ones_own_it_keeps_to_its_namespace(broker: str) -> None:
+    done = subprocess.run(
+        command("--speed", "5", "--http-port", "0"),
+        capture_output=True,
+        text=True,
+        timeout=55,
+        env=environment(AGENTRUN_URL=broker),
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert f"server   {broker}\n" in done.stdout
+    assert {good for _, good in table(done.stdout).values()} == {"ok"}
+    session = re.search(r"session=(demo-\w+)", done.stdout)
+    assert session is not None
+
+    async def turns() -> int:
+        async with connect(broker, namespace="demo") as client:
+            return len((await client.session(session[1]).history()).turns)
+
+    assert anyio.run(turns) == 4
 
 
 def test_at_a_terminal_it_stays_and_serves_the_page() -> None:

@@ -23,7 +23,7 @@ from websockets.exceptions import ConnectionClosed
 
 from agentrun.gateway import mint
 from agentrun.gateway.keys import new_key_pair
-from tests.e2e.processes import PATIENCE, Cli, Running, environment
+from tests.e2e.processes import PATIENCE, Cli, Running, environment, on
 from tests.gateway.conftest import frames
 from tests.gateway.event_source import EventSource
 
@@ -96,6 +96,7 @@ async def working(cli: Cli) -> Cli:
 # --------------------------------------------------------------------------------------------------------- its end
 
 
+@on("nats", "valkey")
 async def test_sigterm_ends_everything_cleanly_and_at_once(working: Cli) -> None:
     async with gateway(working, "--retry", "0.05") as served:
         sent = await served.send("s", "count 1000 20")
@@ -184,6 +185,7 @@ async def test_a_request_under_way_is_answered(cli: Cli) -> None:
 # ------------------------------------------------------------------------------------------------------- its death
 
 
+@on("nats", "valkey")
 async def test_killed_and_started_again_an_event_source_misses_nothing(working: Cli) -> None:
     found: list[dict[str, Any]] = []
     async with httpx.AsyncClient() as http, anyio.create_task_group() as group:

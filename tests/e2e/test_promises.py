@@ -1,4 +1,4 @@
-"""The promises of docs/design.md, one test each, kept by real processes against a real server; a lease is 2 seconds."""
+"""The promises of docs/design.md, one test each, kept by real processes against a real broker; a lease is 2 seconds."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from agentrun.client import Event
 from agentrun.wire import TERMINAL, TextDelta, TurnRequested, TurnStarted
-from tests.e2e.processes import Cli
+from tests.e2e.processes import Cli, on
 
 LEASE = 2.0
 TAKEOVER = LEASE + 4.0
@@ -41,6 +41,7 @@ def check_order(events: Sequence[Event]) -> None:
     assert started == sent
 
 
+@on("nats", "valkey", "sqlite")
 def test_p1_the_log_is_the_only_truth(cli: Cli, session: str) -> None:
     first = cli.worker("first")
     live = cli.start("tail", session, "--json")
@@ -61,6 +62,7 @@ def test_p1_the_log_is_the_only_truth(cli: Cli, session: str) -> None:
     assert offsets == list(range(1, len(offsets) + 1))
 
 
+@on("nats", "valkey")
 def test_p2_one_turn_at_a_time_in_the_order_sent(cli: Cli, session: str) -> None:
     first = cli.worker("first")
     cli.worker("second")
@@ -77,11 +79,12 @@ def test_p2_one_turn_at_a_time_in_the_order_sent(cli: Cli, session: str) -> None
     check_order(cli.log(session))
 
 
+@on("nats", "valkey")
 def test_p3_one_terminal_event_per_turn(cli: Cli, session: str) -> None:
     first = cli.worker("first")
     cli.run("send", session, "hello", "--id", "completes")
     cli.run("send", session, "fail", "--id", "fails", code=1)
-    cli.send(session, "count 40 50", "moves")
+    cli.send(session, "count 120 50", "moves")
     cli.send(session, "hello", "stopped-waiting")
     cli.send(session, "hello", "expires", deadline=1.0)
     cli.send(session, "count 1000 20", "stopped-running")
@@ -103,6 +106,7 @@ def test_p3_one_terminal_event_per_turn(cli: Cli, session: str) -> None:
     assert terminals(cli.log(session)) == dict.fromkeys(states, 1)
 
 
+@on("nats", "valkey", "sqlite")
 def test_p4_no_zombie_writes(cli: Cli, session: str) -> None:
     zombie = cli.worker("zombie")
     cli.send(session, "count 100 40", "t1")
@@ -122,6 +126,7 @@ def test_p4_no_zombie_writes(cli: Cli, session: str) -> None:
     assert zombie.wait(5).code == 0
 
 
+@on("nats", "valkey")
 def test_p5_stop_always_works(cli: Cli) -> None:
     # Waiting, with no worker there at all: stored, and obeyed by the next one.
     cli.send("waits", "count 1000 20", "t")
@@ -173,6 +178,7 @@ def test_p6_sending_is_idempotent_and_atomic(shared: Cli, session: str) -> None:
     check_order(events)
 
 
+@on("nats", "valkey")
 def test_p7_a_workers_death_costs_seconds_not_the_answer(cli: Cli, session: str) -> None:
     first = cli.worker("first")
     sending = cli.start("send", session, "count 200 50", "--id", "t1")
@@ -188,6 +194,7 @@ def test_p7_a_workers_death_costs_seconds_not_the_answer(cli: Cli, session: str)
     assert goes_on.time - died < TAKEOVER
 
 
+@on("nats", "valkey")
 def test_p7_however_long_the_lease_is(cli: Cli, session: str) -> None:
     long = ("--lease", "60", "--lost-after", "3")
     workers = {name: cli.worker(name, *long) for name in ("first", "second", "third")}

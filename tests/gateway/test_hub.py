@@ -19,6 +19,7 @@ from agentrun.errors import InvalidInput, SessionGone, Unavailable
 from agentrun.gateway import hub as hub_module
 from agentrun.gateway.hub import Closed, Hub, Item, Reading
 from agentrun.settings import GatewaySettings
+from agentrun.telemetry import Telemetry
 from agentrun.testing.faults import Faults, FaultyBroker
 from tests.worker.fleet import Part, Wrapped, eventually
 
@@ -97,13 +98,17 @@ class Bench:
 
 @asynccontextmanager
 async def bench(
-    *, faults: Faults | None = None, state: MemoryState | None = None, **settings: Any
+    *,
+    faults: Faults | None = None,
+    state: MemoryState | None = None,
+    telemetry: Telemetry | None = None,
+    **settings: Any,
 ) -> AsyncGenerator[Bench]:
     state = state or MemoryState()
     async with MemoryBroker(state=state) as broker:
         inner: Broker = FaultyBroker(broker, faults) if faults is not None else broker
         log = Log(inner.log)
-        hub = Hub(Client(Wrapped(inner, log=log)), GatewaySettings(**settings))
+        hub = Hub(Client(Wrapped(inner, log=log)), GatewaySettings(**settings), telemetry)
         async with anyio.create_task_group() as group:
             await group.start(hub.run)
             yield Bench(state, hub, log, broker)

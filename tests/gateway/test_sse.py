@@ -10,6 +10,7 @@ from starlette.types import Message
 
 from agentrun.gateway.sse import Stream, Writer
 from agentrun.settings import GatewaySettings
+from agentrun.telemetry.instruments import Tally
 
 SCOPE = {"type": "http", "method": "GET"}
 
@@ -38,27 +39,31 @@ class Client:
         return {"type": "http.disconnect"}
 
 
-async def respond(client: Client, pieces: int, *, send_timeout: float = 0.3) -> None:
+async def respond(client: Client, pieces: int, *, send_timeout: float = 0.3) -> int:
+    """Return how often somebody was cut off."""
+
     async def body(writer: Writer) -> None:
         for _ in range(pieces):
             await writer.write(b"piece")
 
     settings = GatewaySettings(send_timeout=send_timeout)
+    slow = Tally({})
     with anyio.fail_after(10):
-        await Stream(body, headers={}, settings=settings)(SCOPE, client.receive, client.send)
+        await Stream(body, headers={}, settings=settings, slow=slow)(SCOPE, client.receive, client.send)
+    return slow.value
 
 
 async def test_who_takes_nothing_is_left_without_an_end() -> None:
     client = Client(stuck_at=3)
     began = time.monotonic()
-    await respond(client, 10)
+    assert await respond(client, 10) == 1
     assert time.monotonic() - began > 0.3
     assert (len(client.pieces), client.whole) == (3, False)
 
 
 async def test_who_takes_it_slowly_gets_it_all() -> None:
     client = Client(pause=0.1)
-    await respond(client, 8)
+    assert await respond(client, 8) == 0
     assert client.pieces == [*[b"piece"] * 8, b""]
     assert client.whole
 

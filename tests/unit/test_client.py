@@ -651,6 +651,16 @@ async def test_a_deleted_session_begins_anew(session: Session, owner: Owner) -> 
     assert (await session.send("a", id="t1")).offset == 1
 
 
+async def test_a_turn_of_a_session_that_was_deleted_since_is_not_waited_for(client: Client) -> None:
+    session = client.session("s", agent="a")
+    turn = await session.send("x")
+    await session.delete()
+    with pytest.raises(SessionGone), anyio.fail_after(20):
+        await turn.result()
+    with pytest.raises(SessionGone), anyio.fail_after(20):
+        await anext(turn.events())
+
+
 async def test_who_follows_a_session_that_is_deleted_is_told(session: Session) -> None:
     await session.send("a", id="t1")
     async with session.follow() as events:

@@ -279,6 +279,19 @@ async def test_stops_at_any_moment_of_short_turns_never_make_two_ends(fleet: Fle
     assert set(seen) == {"cancelled", "already_ended"}
 
 
+async def test_the_second_stop_of_a_waiting_turn_finds_it_ended(fleet: Fleet) -> None:
+    """Also where the worker that ended it, busy with the turn before it, is still there to be asked."""
+    await fleet.worker(talk)
+    session = fleet.session(agent="talk")
+    running, waiting = [await session.send("x") for _ in range(2)]
+    await fleet.until("text.delta")
+    first = await waiting.cancel(by="me")
+    again = await waiting.cancel(by="me")
+    assert (first.status, again.status) == ("cancelled", "already_ended")
+    assert first.offset == again.offset
+    assert (await running.cancel()).status == "cancelled"
+
+
 async def test_all_turns_of_a_session_are_stopped_together(fleet: Fleet) -> None:
     await fleet.worker(talk)
     session = fleet.session(agent="talk")

@@ -1,4 +1,4 @@
-"""The client with a real worker, on the reference broker and in memory."""
+"""The client with a real worker, on every broker."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ import pytest
 
 import agentrun
 from agentrun import Client, ClientSettings, Context, Session, Worker, WorkerSettings, agent, wire
+from agentrun.broker import BrokerAdmin
 from agentrun.brokers import connect
-from agentrun.brokers.nats import NatsBroker
-from agentrun.brokers.server import NatsServer
 from agentrun.errors import InvalidInput, NotWaiting, QueueFull, SessionBusy, SessionGone, TurnFailed
+from tests.e2e.conftest import where
 
 SETTINGS = WorkerSettings(lease=2.0, ask_hold=0.05, cancel_grace=0.2)
 
@@ -49,16 +49,17 @@ async def listen(ctx: Context) -> AsyncIterator[str]:
         await anyio.sleep(0.01)
 
 
-@pytest.fixture(params=["memory", "nats"])
+@pytest.fixture(params=["memory", "nats", "valkey", "sqlite"])
 async def url(request: pytest.FixtureRequest) -> str:
     """The broker's URL, and behind a # the namespace where one was made for the test."""
     name = f"t{uuid.uuid4().hex[:12]}"
     if request.param == "memory":
         return f"memory://{name}"
-    server: NatsServer = request.getfixturevalue("nats_server")
-    async with NatsBroker(server.url, namespace=name, check=False) as broker:
+    address = where(request, request.param)
+    async with connect(address, namespace=name, check=False) as broker:
+        assert isinstance(broker, BrokerAdmin)
         await broker.setup()
-    return f"{server.url}#{name}"
+    return f"{address}#{name}"
 
 
 @asynccontextmanager
