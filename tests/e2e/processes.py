@@ -227,9 +227,11 @@ class Cli:
         assert code is None or result.code == code, result
         return result
 
-    def worker(self, name: str, *flags: object, agent: str = "workers.echo:echo") -> Running:
+    def worker(
+        self, name: str, *flags: object, agent: str = "workers.echo:echo", env: dict[str, str] | None = None
+    ) -> Running:
         """Start a worker, and wait until it works."""
-        running = self.start("worker", agent, "--name", name, "--lease", "2", *flags)
+        running = self.start("worker", agent, "--name", name, "--lease", "2", *flags, env=env)
         running.until(f"worker {name} runs", err=True)
         return running
 
