@@ -7,7 +7,7 @@ import random
 import time
 import uuid
 from collections import Counter
-from collections.abc import AsyncGenerator, Callable, Coroutine, Sequence
+from collections.abc import AsyncGenerator, Callable, Coroutine, Mapping, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -90,6 +90,7 @@ async def open_run(
     *,
     lease: float = 30.0,
     workers: int | None = None,
+    env: Mapping[str, str] | None = None,
 ) -> AsyncGenerator[Run]:
     """Start the workers of one bench, in a namespace for their lease time (queues keep theirs)."""
     count = options.workers if workers is None else workers
@@ -97,7 +98,7 @@ async def open_run(
     say(f"starting {count} worker processes")
     async with (
         connect(place.url, namespace=place.namespace) as client,
-        Fleet(place, "workers.echo:echo", lease=lease, concurrency=_SLOTS) as fleet,
+        Fleet(place, "workers.echo:echo", lease=lease, concurrency=_SLOTS, env=env) as fleet,
     ):
         await fleet.start(client, count)
         try:
