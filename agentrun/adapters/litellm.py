@@ -11,8 +11,12 @@
 
 litellm is imported when it is first used (it takes seconds; `load` does it beforehand), without fetching its price
 map. Its own retries are off: a turn is retried by the worker, on any worker. What is changed in litellm globally is
-``suppress_debug_info``, without which it prints to stdout on each error, and nothing else; litellm itself reads a
-``.env`` file when it is imported, unless ``LITELLM_MODE=PRODUCTION``.
+``suppress_debug_info``, without which it prints to stdout on each error, and that its spans hold nothing of what is
+said unless ``OTEL_INSTRUMENTATION_GENAI_CAPTURE_MESSAGE_CONTENT`` says otherwise; litellm itself reads a ``.env`` file
+when it is imported, unless ``LITELLM_MODE=PRODUCTION``.
+
+With litellm's own ``otel`` callback each model call has a span of litellm's below the agent's; see
+docs/observability.md.
 
 A stop in the first millisecond of a call may make Python warn that a coroutine of litellm's was never awaited. It is
 harmless: no request was sent.
@@ -27,6 +31,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import anyio
 import anyio.to_thread
+from opentelemetry import trace
 
 from agentrun.adapters._litellm_errors import signal_for
 from agentrun.adapters._litellm_step import Step, tool_message
@@ -34,6 +39,7 @@ from agentrun.adapters.tools import Tool, run_calls, toolset
 from agentrun.agent import Context, Item
 from agentrun.errors import AuthorSignal, InvalidInput, Retry
 from agentrun.history import message_to_chat
+from agentrun.telemetry.attempt import model_known
 from agentrun.wire import UNSET, Message, Part, ToolCall, ToolPart, ToolResult
 
 if TYPE_CHECKING:
@@ -51,6 +57,7 @@ _CLOSE = 2.0
 def load() -> Any:
     """Import litellm and return it. It takes seconds: a worker does it before its first turn."""
     os.environ.setdefault("LITELLM_LOCAL_MODEL_COST_MAP", "True")
+    os.environ.setdefault("OTEL_INSTRUMENTATION_GENAI_CAPTURE_MESSAGE_CONTENT", "NO_CONTENT")
     import litellm
 
     litellm.suppress_debug_info = True
@@ -103,6 +110,7 @@ async def stream(
     """
     named = toolset(tools)
     request = _request(model, named, options)
+    model_known(request["model"])
     ctx = source if isinstance(source, Context) else None
     messages: list[dict[str, Any]] = [] if system is None else [{"role": "system", "content": system}]
     messages += source.messages if isinstance(source, Context) else source
@@ -118,7 +126,7 @@ async def stream(
     finish = "max_steps"
     for _ in range(max_steps):
         step = Step(seen)
-        async with aclosing(_chunks(litellm, {**request, "messages": messages}, stall_timeout, attempt)) as chunks:
+        async with aclosing(_chunks(litellm, _call(request, messages), stall_timeout, attempt)) as chunks:
             async for chunk in chunks:
                 for item in step.take(chunk):
                     yield item
@@ -151,6 +159,16 @@ def _request(model: str | None, tools: dict[str, Tool], options: dict[str, Any])
         # Else any call with tools imports litellm's proxy, which takes seconds and the package mcp.
         request["_skip_mcp_handler"] = True
     return request
+
+
+def _call(request: dict[str, Any], messages: list[dict[str, Any]]) -> dict[str, Any]:
+    metadata: dict[str, Any] = {**(request.get("metadata") or {})}
+    span = trace.get_current_span()
+    if span.get_span_context().is_valid:
+        # Else its callback writes what it knows of the call, usage among it, on this span instead of one of its own.
+        metadata.setdefault("litellm_parent_otel_span", span)
+    # New for each call: it keeps there what it has told of, and would pass over a second call with the same.
+    return {**request, "messages": messages, **({"metadata": metadata} if metadata else {})}
 
 
 async def _chunks(litellm: Any, request: dict[str, Any], stall: float, attempt: int) -> AsyncGenerator[Any]:

@@ -7,7 +7,7 @@ import random
 import time
 import uuid
 from collections import Counter
-from collections.abc import AsyncGenerator, Callable, Coroutine, Sequence
+from collections.abc import AsyncGenerator, Callable, Coroutine, Mapping, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -25,6 +25,7 @@ from agentrun.cli._place import Place
 from agentrun.client import Client, connect
 
 _AGENT = "echo"
+_WORKER = "workers.echo:echo"
 _SLOTS = 256
 
 
@@ -93,16 +94,21 @@ async def open_run(
     *,
     lease: float = 30.0,
     workers: int | None = None,
+    env: Mapping[str, str] | None = None,
 ) -> AsyncGenerator[Run]:
     """Start the workers of one bench, in a namespace for their lease time (queues keep theirs)."""
     count = options.workers if workers is None else workers
     namespace = f"{place.namespace}-{lease:g}".replace(".", "_")
     place = await msgspec.structs.replace(place, namespace=namespace).setup()
     say(f"starting {count} worker processes")
-    kind = Fleet if options.workers else InsideFleet
+    made = (
+        Fleet(place, _WORKER, lease=lease, concurrency=_SLOTS, env=env)
+        if options.workers
+        else InsideFleet(place, _WORKER, lease=lease, concurrency=_SLOTS)
+    )
     async with (
         connect(place.url, namespace=place.namespace) as client,
-        kind(place, "workers.echo:echo", lease=lease, concurrency=_SLOTS) as fleet,
+        made as fleet,
     ):
         await fleet.start(client, count)
         try:

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import logging
 import os
+import threading
 import uuid
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 
 import anyio
-import anyio.to_thread
 from opentelemetry import metrics, trace
 
 from agentrun.cli.common import Fatal
@@ -50,9 +50,17 @@ async def seen_as(service: str) -> AsyncGenerator[None]:
     try:
         yield
     finally:
-        with anyio.move_on_after(_FLUSH, shield=True):
-            for end in ends:
-                await anyio.to_thread.run_sync(end, abandon_on_cancel=True)
+        await _end(ends)
+
+
+async def _end(ends: Sequence[Callable[[], Any]]) -> None:
+    """Let what is left be exported, for a while. A receiver that hangs holds up none of these threads' process."""
+    threads = [threading.Thread(target=end, name="agentrun-telemetry-end", daemon=True) for end in ends]
+    for thread in threads:
+        thread.start()
+    with anyio.move_on_after(_FLUSH, shield=True):
+        while any(thread.is_alive() for thread in threads):  # noqa: ASYNC110 - a thread has no event
+            await anyio.sleep(0.01)
 
 
 def _asked(signal: str) -> list[str]:
@@ -81,7 +89,7 @@ def _start(service: str, traces: list[str], measures: list[str], ends: list[Call
     if traces and type(trace.get_tracer_provider()).__module__.startswith("opentelemetry.trace"):
         from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
 
-        tracers = TracerProvider(resource=resource)
+        tracers = TracerProvider(resource=resource, shutdown_on_exit=False)  # it would wait for a minute
         tracers.add_span_processor(BatchSpanProcessor(OTLPSpanExporter()))
         trace.set_tracer_provider(tracers)
         ends.append(tracers.shutdown)
@@ -93,7 +101,7 @@ def _start(service: str, traces: list[str], measures: list[str], ends: list[Call
             readers.append(PeriodicExportingMetricReader(OTLPMetricExporter()))
         if "prometheus" in measures:
             readers.append(_prometheus())
-        meters = MeterProvider(readers, resource=resource)
+        meters = MeterProvider(readers, resource=resource, shutdown_on_exit=False)
         metrics.set_meter_provider(meters)
         ends.append(meters.shutdown)
 

@@ -16,6 +16,7 @@ from agentrun.cli._bench_gateway import bench_gateway
 from agentrun.cli._bench_load import Options, Run, bench_cancel, bench_tokens, bench_turns, open_run
 from agentrun.cli._bench_report import Report, machine, show_machine, show_rows
 from agentrun.cli._bench_scale import bench_scale
+from agentrun.cli._bench_telemetry import bench_telemetry
 from agentrun.cli._place import Place, broker_option, chosen_url, open_place, shown, version
 from agentrun.cli.common import App, Fatal, command, duration, json_option, option
 
@@ -26,6 +27,7 @@ _BENCHES: dict[str, Callable[[Run], Awaitable[None]]] = {
     "resume": bench_resume,
     "takeover": bench_takeover,
     "gateway": bench_gateway,
+    "telemetry": bench_telemetry,
     "scale": bench_scale,
 }
 
@@ -57,7 +59,13 @@ class _Counts(click.ParamType[tuple[int, ...]]):
 )  # fmt: skip
 @option("--seconds", type=duration, default=10.0, show_default="10s", help="Length of a measured turn of tokens.")
 @option("--rate", type=click.IntRange(1), default=50, show_default=True, help="Tokens a second of each session.")
-@option("--rounds", type=click.IntRange(1), default=20, show_default=True, help="Turns, stops or reads per session.")
+@option(
+    "--rounds",
+    type=click.IntRange(1),
+    default=20,
+    show_default=True,
+    help="Turns, stops or reads per session; telemetry: of four, one pair.",
+)
 @option("--lease", type=duration, default=3.0, show_default="3s", help="takeover: the workers' lease time.")
 @option("--kills", type=click.IntRange(1), default=5, show_default=True, help="takeover: workers that are killed.")
 @option("--events", type=click.IntRange(200), default=10_000, show_default=True, help="resume, gateway: events stored.")
@@ -85,8 +93,8 @@ async def bench(
     """Measure WHAT, and count what is lost or double.
 
     turns: send to first token. tokens: yield to reader. cancel: call to receipt. resume: a reader that comes back or
-    joins late. takeover: a worker killed in mid-answer. gateway: the same over HTTP, and many clients. scale: many
-    sessions, long ones, a long queue.
+    joins late. takeover: a worker killed in mid-answer. gateway: the same over HTTP, and many clients. telemetry: what
+    traces and metrics cost a worker. scale: many sessions, long ones, a long queue.
     docs/performance.md says what each figure is.
 
     A broker of its own is started (--broker), unless --url is given on the command line: then namespaces bench-… are

@@ -238,6 +238,7 @@ class _Socket:
             if scope.cancelled_caught:
                 self._gateway.hub.counts.slow.value += 1
                 self._end()
+                await checkpoint()  # or it would be found to have fallen behind as well
 
 
 def _parse(body: bytes) -> tuple[_Op, bytes]:

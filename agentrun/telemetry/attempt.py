@@ -10,6 +10,7 @@ from typing import NamedTuple
 import msgspec
 from msgspec import Struct
 from opentelemetry import context, trace
+from opentelemetry.context import Context
 from opentelemetry.trace import Span, SpanKind, Status, StatusCode
 
 from agentrun import wire
@@ -87,13 +88,14 @@ class Watch:
         self._first = self._last = 0.0
         self._first_count = 0
         self._stopped = self._claimed = self._ended = False
-        self._span = _process(telemetry, facts)
+        self._sender = span_of(facts.request.trace)
+        self._span = _process(telemetry, facts, self._sender)
         self._invoked: tuple[Span, int] | None = None
 
     @property
     def fields(self) -> dict[str, str]:
         """The attempt's trace fields, for its `TurnStarted`."""
-        return carried({}, trace.set_span_in_context(self._span, span_of(self._facts.request.trace)))
+        return carried({}, trace.set_span_in_context(self._span, self._sender))
 
     @property
     def active(self) -> bool:
@@ -116,8 +118,7 @@ class Watch:
     def current(self) -> Generator[None]:
         """The attempt as the current span, and as what is logged about."""
         facts = self._facts
-        here = trace.set_span_in_context(self._span, span_of(facts.request.trace))
-        token = context.attach(here)
+        token = context.attach(trace.set_span_in_context(self._span, self._sender))
         try:
             with at(facts.session, facts.request.turn, facts.attempt):
                 yield
@@ -211,7 +212,7 @@ def turn_ended(telemetry: Telemetry, facts: Facts, outcome: str, *, now: float) 
 
 def settled(telemetry: Telemetry, facts: Facts, outcome: str, *, now: float, stop: Stopped | None = None) -> None:
     """Tell of a turn that ends without being run: stopped or overdue while it waited, or given up."""
-    span = _process(telemetry, facts)
+    span = _process(telemetry, facts, span_of(facts.request.trace))
     if stop is not None:
         _mark_stopped(span, stop)
     _end(span, outcome, None, 0)
@@ -225,7 +226,7 @@ def model_known(model: str) -> None:
         span.set_attribute(Attr.MODEL, model)
 
 
-def _process(telemetry: Telemetry, facts: Facts) -> Span:
+def _process(telemetry: Telemetry, facts: Facts, sender: Context) -> Span:
     request = facts.request
     attributes: dict[str, str | int | bool] = {
         Attr.SYSTEM: facts.system,
@@ -244,9 +245,8 @@ def _process(telemetry: Telemetry, facts: Facts) -> Span:
         attributes[Attr.TOOK_OVER] = True
     links = [link_to(facts.first, {Attr.LINK: Link.FIRST_ATTEMPT})]
     links += [link_to(fields, {Attr.LINK: Link.ANSWER}) for fields in facts.answers]
-    name, parent = f"process {request.agent}", span_of(request.trace)
     there = [link for link in links if link is not None]
-    return telemetry.tracer.start_span(name, parent, SpanKind.CONSUMER, attributes, there)
+    return telemetry.tracer.start_span(f"process {request.agent}", sender, SpanKind.CONSUMER, attributes, there)
 
 
 def _mark_stopped(span: Span, stop: Stopped) -> None:

@@ -87,6 +87,16 @@ def test_takeover() -> None:
     assert 0 < figures["next_token_min_s"] <= figures["next_token_max_s"]
 
 
+def test_telemetry() -> None:
+    rows = measure("telemetry", "--sessions", "2", "--rounds", "8", "--seconds", "0.2")
+    assert list(rows) == ["off", "on", "on, of off"]
+    assert rows["off"]["rounds"] == rows["on"]["rounds"] == 2
+    for figures in list(rows.values())[:2]:
+        assert figures["tokens_per_s"] > 0
+        assert figures["turns_per_s"] > 0
+    assert rows["on, of off"]["tokens_per_s_percent"] > 0
+
+
 def test_a_table_for_people() -> None:
     done = run("tokens", "--sessions", "1", "--seconds", "0.2")
     assert done.returncode == 0, done.stderr

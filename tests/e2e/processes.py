@@ -252,9 +252,11 @@ class Cli:
         where = {"AGENTRUN_URL": self.url, "AGENTRUN_NAMESPACE": self.namespace}
         return within(*arguments, code=code, env=where)
 
-    def worker(self, name: str, *flags: object, agent: str = "workers.echo:echo") -> Running:
+    def worker(
+        self, name: str, *flags: object, agent: str = "workers.echo:echo", env: dict[str, str] | None = None
+    ) -> Running:
         """Start a worker, and wait until it works."""
-        running = self.start("worker", agent, "--name", name, "--lease", "2", *flags)
+        running = self.start("worker", agent, "--name", name, "--lease", "2", *flags, env=env)
         running.until(f"worker {name} runs", err=True)
         return running
 

@@ -420,6 +420,8 @@ async def raw(served: Served, hello: dict[str, Any]) -> sockets.socket:
 
 async def test_a_client_that_takes_nothing_is_broken_off_and_nobody_else_is_held_up(site: Site) -> None:
     served = await site.gateway(send_timeout=0.5, ring_events=64)
+    cut_off = served.gateway.hub.counts.slow
+    before = cut_off.value
     async with opened(served) as quick:
         stuck = await raw(served, {"op": "read"})
         try:
@@ -433,6 +435,7 @@ async def test_a_client_that_takes_nothing_is_broken_off_and_nobody_else_is_held
                     await quick.take()
             await eventually(lambda: served.gateway.hub._feeds["s"].readers == 1)
             assert time.monotonic() - began < 15
+            assert cut_off.value - before == 1
         finally:
             stuck.close()
 

@@ -20,6 +20,7 @@ class Seen:
     """What is exported.
 
     Attributes:
+        tracers: Where spans go.
         telemetry: To be given to what is watched.
         backend: The tracer of the program that sends turns.
     """
@@ -27,10 +28,10 @@ class Seen:
     def __init__(self) -> None:
         self.spans = InMemorySpanExporter()
         self.reader = InMemoryMetricReader()
-        tracers = TracerProvider()
-        tracers.add_span_processor(SimpleSpanProcessor(self.spans))
-        self.telemetry = Telemetry(tracers, MeterProvider([self.reader]))
-        self.backend: Tracer = tracers.get_tracer("backend")
+        self.tracers = TracerProvider()
+        self.tracers.add_span_processor(SimpleSpanProcessor(self.spans))
+        self.telemetry = Telemetry(self.tracers, MeterProvider([self.reader]))
+        self.backend: Tracer = self.tracers.get_tracer("backend")
 
     @property
     def tree(self) -> str:

@@ -14,6 +14,7 @@ import anyio
 import httpx
 import pytest
 from opentelemetry import baggage, context, propagate, trace
+from opentelemetry.sdk.metrics import MeterProvider
 from opentelemetry.sdk.trace import ReadableSpan, Span
 from opentelemetry.trace import StatusCode
 from starlette.applications import Starlette
@@ -30,7 +31,7 @@ from agentrun.gateway import Auth, Gateway, GatewaySettings, Keys, mint
 from agentrun.gateway.hub import Closed
 from agentrun.gateway.server import serving
 from agentrun.gateway.telemetry import Observed
-from agentrun.telemetry import default
+from agentrun.telemetry import Telemetry, default
 from agentrun.telemetry.logs import JsonFormatter
 from tests.gateway.conftest import Served, frames
 from tests.gateway.test_hub import bench, read_to
@@ -299,9 +300,10 @@ async def test_the_line_of_a_request_in_the_log_has_its_trace(
     assert line["span_id"] == f"{request.span_id:016x}"
 
 
-async def test_where_nothing_is_set_up_the_context_travels_all_the_same(fleet: Fleet) -> None:
-    fleet.client.telemetry = default()
-    assert not fleet.client.telemetry.enabled
+@pytest.mark.parametrize("metrics", [False, True], ids=["nothing", "metrics alone"])
+async def test_where_no_traces_are_set_up_the_context_travels_all_the_same(fleet: Fleet, metrics: bool) -> None:
+    fleet.client.telemetry = Telemetry(meter_provider=MeterProvider()) if metrics else default()
+    assert fleet.client.telemetry.enabled == metrics
     named = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
     async with served(fleet) as site:
         await site.http.post(TURNS, json={"input": "go"}, headers={"traceparent": named, "baggage": "tenant=acme"})
@@ -448,10 +450,29 @@ async def test_readers_and_what_they_are_given_are_counted(seen: Seen, fleet: Fl
     assert "agentrun.gateway.readers" not in seen.metrics()  # of a gateway that is gone nothing is told
 
 
-@pytest.mark.parametrize(
-    ("query", "resumes"),
-    [("", 0), ("?after=0", 0), ("?after=1", 1)],
-)
+async def test_who_comes_with_an_offset_is_counted_however_he_comes(seen: Seen, fleet: Fleet) -> None:
+    await fleet.worker(plain)
+    async with served(fleet) as site:
+        await (await fleet.session("s", "plain").send("go")).result(10)
+        counts = site.gateway.hub.counts
+        for query in ("offset=-1&live=sse", "offset=now&live=sse"):
+            async with site.http.stream("GET", f"{EVENTS}?{query}") as response:
+                assert await anext(frames(response))
+        await site.http.get("/api/chat/s/stream")
+        await site.http.get("/api/chat/s/stream?startIndex=0")
+        assert counts.resumes.value == 0
+        await site.http.get("/api/chat/s/stream?startIndex=1")
+        assert counts.resumes.value == 1
+        address = str(site.http.base_url.join("/v1/sessions/s/socket")).replace("http", "ws", 1)
+        async with websocket(address) as socket:
+            for after in (0, 2):
+                await socket.send(json.dumps({"op": "read", "ref": 1, "after": after}))
+                while "result" not in json.loads(await socket.recv()):
+                    pass
+        assert counts.resumes.value == 2
+
+
+@pytest.mark.parametrize(("query", "resumes"), [("", 0), ("?after=0", 0), ("?after=1", 1)])
 async def test_a_turns_stream_begins_at_the_turn_which_is_no_resume(
     seen: Seen, fleet: Fleet, query: str, resumes: int
 ) -> None:
