@@ -76,22 +76,25 @@ class _ObservedLog:
         dedupe: str | None = None,
         timeout: float = 30.0,
     ) -> Tail:
+        timed = True
         if kind is Kind.DELTA:
             self._passed += 1
-            if self._passed % SAMPLE:
-                return await self._log.append(session, body, kind=kind, after=after, pending=pending, timeout=timeout)
-        outcome = "ok"
+            timed = not self._passed % SAMPLE
         began = time.monotonic()
         try:
-            return await self._log.append(
+            end = await self._log.append(
                 session, body, kind=kind, after=after, pending=pending, agent=agent, dedupe=dedupe, timeout=timeout
             )
         except Exception as error:
-            outcome = type(error).__name__
+            self._took(began, kind, type(error).__name__)
             raise
-        finally:
-            attributes = {Attr.KIND: kind.value, Attr.OUTCOME: outcome}
-            self._instruments.record("append_duration", time.monotonic() - began, attributes)
+        if timed:
+            self._took(began, kind, "ok")
+        return end
+
+    def _took(self, began: float, kind: Kind, outcome: str) -> None:
+        attributes = {Attr.KIND: kind.value, Attr.OUTCOME: outcome}
+        self._instruments.record("append_duration", time.monotonic() - began, attributes)
 
     async def last(self, session: str, *, fresh: bool = False) -> Tail:
         return await self._log.last(session, fresh=fresh)

@@ -198,8 +198,8 @@ class _Metrics:
         "agentrun.append.duration",
         "histogram",
         "s",
-        f"From an append's being sent to its being acknowledged, by kind of record and outcome; of one append of "
-        f"tokens in {SAMPLE}, and of every other.",
+        "From an append's being sent to its being acknowledged, by kind of record and outcome; of what workers append. "
+        f"Of appends of tokens that succeed, one in {SAMPLE}.",
         (Attr.KIND, Attr.OUTCOME),
         _FAST,
     )
