@@ -15,10 +15,10 @@ from agentrun.telemetry.names import METRICS, Attr, prometheus_name
 
 PLACE = Path(__file__).with_name("grafana-dashboard.json")
 
-AGENT, OUTCOME, KIND, RECEIPT = (
-    attribute.replace(".", "_") for attribute in (Attr.AGENT, Attr.OUTCOME, Attr.KIND, Attr.RECEIPT)
+AGENT, OUTCOME, KIND, RECEIPT, STATUS, ROUTE = (
+    attribute.replace(".", "_")
+    for attribute in (Attr.AGENT, Attr.OUTCOME, Attr.KIND, Attr.RECEIPT, Attr.HTTP_STATUS, Attr.HTTP_ROUTE)
 )
-STATUS, ROUTE = "http_response_status_code", "http_route"
 WINDOW = "$__rate_interval"
 WIDTH, HEIGHT = 24, 8
 COLOURS = {
@@ -209,15 +209,21 @@ ROWS: dict[str, list[list[Panel]]] = {
                 "Appends that did not succeed, per second",
                 ("append_duration",),
                 [Query(rate("append_duration", [OUTCOME, KIND], "_count", FAILURES), f"{each(OUTCOME)} {each(KIND)}")],
-                note="Conflict: the session had moved on. Inputs that come together meet with it; tokens (out.delta) "
-                "that do were fenced off. All else are the broker's errors.",
+                note="Conflict: the session had moved on; tokens (out.delta) that meet with it were fenced off. "
+                "All else are the broker's errors.",
             ),
         ],
         [
             Panel(
                 "Tokens merged into one record",
                 ("append_batch",),
-                [*quantiles("append_batch", "", (0.5, 0.95), [])],
+                [
+                    Query(f"{rate('append_batch', [], '_sum')} / {rate('append_batch', [], '_count')}", "mean"),
+                    *(
+                        Query(f"ceil({query.expr})", query.legend)
+                        for query in quantiles("append_batch", "", (0.95,), [])
+                    ),
+                ],
             ),
             Panel(
                 "Tokens per record",

@@ -81,6 +81,8 @@ class Checked:
             _among({"le"}, labels, "label of what has quantiles")
             return labels - {"le"}
         (over,) = expr.args
+        if name == "ceil":
+            return self._check(over)
         if isinstance(over, promql.SubqueryExpr) and name in _OVER_GAUGES:
             return self._check(over.expr)
         if not isinstance(over, promql.MatrixSelector) or name not in _OVER_COUNTERS + _OVER_GAUGES:
