@@ -89,6 +89,12 @@ def http_rate(suffix: str, by: Sequence[str]) -> str:
     return f"sum{_by(by)} (rate({series('http_duration', suffix)}[{WINDOW}]) and on (job, instance) {gateways})"
 
 
+def news(key: str, by: Sequence[str], suffix: str = "", *more: str, window: str = "5m") -> str:
+    """So many in the window, those with which a series begins among them: a rate is blind to them."""
+    found = series(key, suffix, *more)
+    return f"sum{_by(by)} (({found} unless {found} offset {window}) or increase({found}[{window}]))"
+
+
 def quantile(q: float, rates: str) -> str:
     """A quantile of the observations of a histogram."""
     return f"histogram_quantile({q:g}, {rates})"
@@ -206,9 +212,9 @@ ROWS: dict[str, list[list[Panel]]] = {
                 "s",
             ),
             Panel(
-                "Appends that did not succeed, per second",
+                "Appends that did not succeed, in the five minutes before",
                 ("append_duration",),
-                [Query(rate("append_duration", [OUTCOME, KIND], "_count", FAILURES), f"{each(OUTCOME)} {each(KIND)}")],
+                [Query(news("append_duration", [OUTCOME, KIND], "_count", FAILURES), f"{each(OUTCOME)} {each(KIND)}")],
                 note="Conflict: the session had moved on; tokens (out.delta) that meet with it were fenced off. "
                 "All else are the broker's errors.",
             ),

@@ -102,6 +102,8 @@ class Checked:
         return frozenset(expr.modifier.labels)
 
     def _binary(self, expr: promql.BinaryExpr) -> frozenset[str]:
+        if str(expr.op) == "unless" and isinstance(expr.lhs, promql.VectorSelector):
+            return self._begun(expr.lhs, expr.rhs)
         sides = [self._check(side) for side in (expr.lhs, expr.rhs) if not isinstance(side, promql.NumberLiteral)]
         if len(sides) == 1:
             return sides[0]
@@ -112,6 +114,13 @@ class Checked:
             return left
         _among(expr.modifier.matching.labels, left & right, "label of both sides")
         return left
+
+    def _begun(self, now: promql.VectorSelector, before: Any) -> frozenset[str]:
+        """Of a series that was not there before, what it stands at is what it has grown by."""
+        if not isinstance(before, promql.VectorSelector) or before.name != now.name or not before.offset:
+            raise ValueError(f"only {now.name} with an offset tells whether {now.name} is new")
+        self._selected(before)
+        return self._selected(now).labels
 
     def _paren(self, expr: promql.ParenExpr) -> frozenset[str]:
         return self._check(expr.expr)

@@ -113,6 +113,8 @@ def test_variables_are_read_from_series_that_there_are() -> None:
         ("sum(rate(agentrun_tokens_total{model='x'}[5m]))", "model: no label of"),
         ("sum by (worker) (rate(agentrun_tokens_total[5m]))", "worker: no label to aggregate by"),
         ("sum(agentrun_tokens_total)", "says nothing"),
+        ("sum(agentrun_tokens_total unless agentrun_tokens_total)", "with an offset"),
+        ("sum(agentrun_tokens_total unless agentrun_appends_total offset 5m)", "with an offset"),
         ("sum(rate(agentrun_worker_slots[5m]))", "rate over agentrun_worker_slots"),
         ("max_over_time(agentrun_tokens_total[5m])", "max_over_time over"),
         ("histogram_quantile(0.9, sum(rate(agentrun_queue_wait_seconds_bucket[5m])))", "le: no label of"),
