@@ -157,3 +157,9 @@ def test_the_collectors_pipelines_are_of_what_it_has() -> None:
     comments = " ".join(line for line in text.splitlines() if line.lstrip().startswith("#"))
     for name in re.findall(r"\$\{env:(\w+):-", text):
         assert name in comments, f"{name} is not explained"
+
+
+def test_each_alert_says_in_the_documentation_what_to_do() -> None:
+    text = (PLACE.parents[1] / "docs" / "observability.md").read_text(encoding="utf-8")
+    section = text.partition("## Alerts\n")[2].partition("\n## ")[0]
+    assert re.findall(r"^\| `(\w+)`", section, re.M) == [alert["alert"] for alert in ALERTS]

@@ -84,9 +84,9 @@ def backend(receiver: Receiver) -> Iterator[Backend]:
 
 
 @pytest.fixture(scope="module")
-def telling(server: NatsServer, receiver: Receiver) -> Iterator[tuple[Cli, Running]]:
+def telling(nats_server: NatsServer, receiver: Receiver) -> Iterator[tuple[Cli, Running]]:
     """A namespace with a worker that tells, and writes its log as JSON."""
-    cli = new_cli(server)
+    cli = new_cli(nats_server.url)
     try:
         worker = cli.start(
             *("worker", "workers.echo:echo", f"{AGENTS}:looks_up", "--name", "w", "--log-format", "json"),
