@@ -247,6 +247,18 @@ async def find(
             await settle(log, gone, timeout=PATIENCE)
 
 
+async def count(log: SessionLog) -> int:
+    """Return how many turns are on the list, without a look into their sessions.
+
+    So it counts turns as well that `find` will leave out: those that were replaced, or deleted with their session,
+    since it was last asked.
+
+    Raises:
+        Unavailable: The broker does not answer.
+    """
+    return len(await _read(log, await log.last(SESSION)))
+
+
 async def _read(log: SessionLog, tail: Tail) -> dict[tuple[str, str], DeadTurn]:
     """The open entries up to ``tail``."""
     opened: dict[tuple[str, str], DeadTurn] = {}

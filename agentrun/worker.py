@@ -66,8 +66,16 @@ class RunningTurn(Struct, frozen=True):
     stopping: bool = False
 
 
+class AgentLoad(Struct, frozen=True):
+    """An agent's slots at one worker, and the inputs in them: turns that run, and those just taken or about to end."""
+
+    agent: str
+    slots: int
+    running: int
+
+
 class WorkerInfo(Struct, frozen=True):
-    """What a worker says of itself."""
+    """What a worker says of itself. ``uptime`` is in seconds; ``version`` is that of agentrun."""
 
     worker: str
     host: str
@@ -76,6 +84,9 @@ class WorkerInfo(Struct, frozen=True):
     slots: int
     draining: bool
     running: list[RunningTurn]
+    load: list[AgentLoad] = []
+    uptime: float = 0.0
+    version: str = ""
 
 
 class _Carrier:
@@ -130,6 +141,7 @@ class Worker:
         self._idle = anyio.Event()
         self._busy = 0
         self._in_hand = Counter[str]()
+        self._began = time.monotonic()
 
     @property
     def info(self) -> WorkerInfo:
@@ -147,6 +159,9 @@ class Worker:
             slots=self.settings.concurrency * len(self._agents),
             draining=self._drain.is_set(),
             running=running,
+            load=[AgentLoad(name, self.settings.concurrency, self._in_hand[name]) for name in self._agents],
+            uptime=now - self._began,
+            version=self._telemetry.version,
         )
 
     def drain(self) -> None:

@@ -1,9 +1,9 @@
-"""What ``agentrun top`` knows of a fleet: samples, and the rates between them."""
+"""What ``agentrun top`` knows of a fleet: samples, and the rates between them. Pure: it is given the time."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 from agentrun.broker import QueueStats
 from agentrun.worker import RunningTurn, WorkerInfo
@@ -25,7 +25,7 @@ class Run:
     Attributes:
         info: As its worker told it last.
         worker: Who runs it.
-        rate: Tokens a second.
+        rate: Tokens a second; 0 while its worker is silent.
     """
 
     info: RunningTurn
@@ -46,58 +46,81 @@ class Seen:
         info: As it told it last.
         heard: When that was, on the monotonic clock.
         rate: Tokens a second of all its turns.
+        unheard: For how many seconds it was asked and did not answer.
     """
 
     info: WorkerInfo
     heard: float
     rate: float = 0.0
-
-    def silent(self, now: float) -> float | None:
-        """For how long it has been silent, if for too long."""
-        return now - self.heard if now - self.heard > SILENT else None
+    unheard: float = 0.0
 
 
-@dataclass
 class Fleet:
     """The fleet, as the samples so far tell it.
+
+    Silence is counted only while the broker can be asked: when it comes back, so do the workers, each in its time.
+
+    Args:
+        every: Seconds between two samples. A worker may miss one without being called silent.
 
     Attributes:
         workers: By name.
         runs: The running turns, the oldest first.
         queues: The agents' queues.
-        error: Why the last look failed, if it did.
+        dead: How many turns gave up, as far as that is known.
+        error: What is wrong with the last look, if anything is.
+        known: Whether the fleet was ever asked with success.
     """
 
-    workers: dict[str, Seen] = field(default_factory=dict[str, Seen])
-    runs: list[Run] = field(default_factory=list[Run])
-    queues: list[QueueStats] = field(default_factory=list[QueueStats])
-    error: str | None = None
+    def __init__(self, every: float = 1.0) -> None:
+        self.workers: dict[str, Seen] = {}
+        self.runs: list[Run] = []
+        self.queues: list[QueueStats] = []
+        self.dead: int | None = None
+        self.error: str | None = None
+        self.known = False
+        self._silent = max(SILENT, 2 * every)
+        self._gone = max(GONE, 5 * every)
+        self._looked = 0.0
 
-    def sample(self, now: float, workers: Iterable[WorkerInfo], queues: Sequence[QueueStats]) -> None:
+    def sample(
+        self, now: float, workers: Sequence[WorkerInfo], queues: Sequence[QueueStats], error: str | None = None
+    ) -> None:
         """Take in what the fleet says at ``now``, on the monotonic clock."""
-        self.error = None
+        missed = min(now - self._looked, self._silent) if self.known else 0.0
+        self.known, self._looked, self.error = True, now, error
         self.queues = sorted(queues, key=lambda queue: queue.agent)
         before = {(run.worker, *run.key, run.info.attempt): run for run in self.runs}
-        silent = [run for run in self.runs if run.worker not in {info.worker for info in workers}]
-        found: list[Run] = []
-        for info in workers:
+        found: dict[tuple[str, str], Run] = {}
+        answered = {info.worker: info for info in workers}
+        for info in answered.values():
             last = self.workers.get(info.worker)
             seconds = now - last.heard if last is not None else 0.0
-            runs = [Run(turn, info.worker) for turn in info.running]
-            for run in runs:
-                known = before.get((run.worker, *run.key, run.info.attempt))
-                run.rate = _rate(run.info, known, seconds)
-            found += runs
-            self.workers[info.worker] = Seen(info, now, sum(run.rate for run in runs))
-        self.workers = {name: seen for name, seen in sorted(self.workers.items()) if now - seen.heard <= GONE}
-        # What a worker that is silent was running may still run, or be taken over: then it is told by another.
-        told = {run.key for run in found}
-        found += [run for run in silent if run.worker in self.workers and run.key not in told]
-        self.runs = sorted(found, key=lambda run: (-run.info.seconds, run.key))
+            seen = self.workers[info.worker] = Seen(info, now)
+            for turn in info.running:
+                run = Run(turn, info.worker, _rate(turn, before.get(_id(info, turn)), seconds))
+                seen.rate += run.rate
+                # Told by two: the one that was taken over does not know yet.
+                if (other := found.get(run.key)) is None or other.info.attempt < turn.attempt:
+                    found[run.key] = run
+        for seen in self.workers.values():
+            if seen.info.worker not in answered:
+                seen.unheard += missed
+                seen.rate = 0.0
+        self.workers = {name: seen for name, seen in sorted(self.workers.items()) if seen.unheard < self._gone}
+        for run in self.runs:
+            # What a silent worker was running may still run, or be taken over: then it is told by another.
+            if run.worker in self.workers and run.worker not in answered:
+                found.setdefault(run.key, Run(run.info, run.worker))
+        self.runs = sorted(found.values(), key=lambda run: (-run.info.seconds, run.key))
 
-    def failed(self, error: str) -> None:
+    def failed(self, now: float, error: str) -> None:
         """Take note that the fleet could not be asked."""
-        self.error = error
+        self.error, self._looked = error, now
+
+    def silent(self, seen: Seen) -> bool:
+        """Whether a worker has not answered for too long."""
+        return seen.unheard >= self._silent
 
     @property
     def rate(self) -> float:
@@ -105,9 +128,15 @@ class Fleet:
         return sum(run.rate for run in self.runs)
 
     @property
-    def slots(self) -> int:
-        """Of all workers that take turns."""
-        return sum(seen.info.slots for seen in self.workers.values() if not seen.info.draining)
+    def slots(self) -> tuple[int, int]:
+        """Slots in use, and all there are; of a worker that drains, only those in use."""
+        used = total = 0
+        for seen in self.workers.values():
+            if not self.silent(seen):
+                running = len(seen.info.running)
+                used += running
+                total += running if seen.info.draining else seen.info.slots
+        return used, total
 
     @property
     def waiting(self) -> int:
@@ -115,8 +144,12 @@ class Fleet:
         return sum(queue.waiting for queue in self.queues)
 
 
-def _rate(info: RunningTurn, known: Run | None, seconds: float) -> float:
+def _id(worker: WorkerInfo, turn: RunningTurn) -> tuple[str, str, str, int]:
+    return worker.worker, turn.session, turn.turn, turn.attempt
+
+
+def _rate(turn: RunningTurn, known: Run | None, seconds: float) -> float:
     if known is None or seconds <= 0:
-        return info.tokens / info.seconds if info.seconds > 0 else 0.0
-    now = max(info.tokens - known.info.tokens, 0) / seconds
+        return turn.tokens / turn.seconds if turn.seconds > 0 else 0.0
+    now = max(turn.tokens - known.info.tokens, 0) / seconds
     return known.rate + _SMOOTH * (now - known.rate)

@@ -1,135 +1,235 @@
-"""How ``agentrun top`` looks. Pure: what it is given is what it shows."""
+"""How ``agentrun top`` looks. Pure: what it is given is what it shows, and no more lines than it is given."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
-from rich.console import Group, RenderableType
-from rich.panel import Panel
+from rich.cells import cell_len, set_cell_size
+from rich.console import Console, ConsoleOptions, Group, RenderableType
+from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
 from agentrun.cli._top_data import Fleet, Run, Seen
+from agentrun.cli._top_events import Line
 from agentrun.cli.lines import clean
 
 __all__ = ["picture"]
 
 _KEYS = "↑↓ select   s stop   q quit"
+_GAP = 2
+_EVENTS = 8
+"""Lines of events, however many there are: tables do not jump when another turn is selected."""
+_ALL_PARTS = 15
+"""Lines from which on there is room for workers, turns and events."""
+_TWO_PARTS = 10
+"""Lines from which on there is room for workers and turns."""
 
 
 def picture(
     fleet: Fleet,
     *,
-    now: float,
-    height: int,
+    height: int | None = None,
     selected: tuple[str, str] | None = None,
-    events: Sequence[str] = (),
+    events: Sequence[Line] = (),
     note: str = "",
+    question: str = "",
     title: str = "",
 ) -> RenderableType:
     """The whole screen.
 
     Args:
         fleet: What is known.
-        now: The time, on the monotonic clock.
-        height: Lines there are; tables are cut to them and say so.
+        height: Lines there are: tables are cut to them and say so. None: nothing is cut, and no keys are told.
         selected: Session and turn of the selected row.
-        events: The last events of the selected turn's session, a line each.
-        note: What is to be said, in place of the keys.
+        events: The last events of the selected turn's session.
+        note: What is to be said.
+        question: What is asked, in place of all else at the bottom.
         title: Of the broker.
     """
-    room = max(height - 13, 4)
-    tail = list(events)[-max(min(6, room // 3), 2) :]
-    workers = max(min(len(fleet.workers), room // 3), 1)
-    turns = max(room - workers - len(tail), 1)
-    parts: list[RenderableType] = [
-        _totals(fleet, title),
-        _workers(fleet, now, workers),
-        _runs(fleet, selected, turns),
-    ]
-    if selected is not None:
-        lines = Text("\n".join(clean(line) for line in tail) or "…", no_wrap=True, overflow="ellipsis")
-        parts.append(Panel(lines, title=f"last events of {selected[0]}", title_align="left", border_style="dim"))
+    above: list[RenderableType] = [_totals(fleet, title)]
+    below: list[RenderableType] = []
     if fleet.error is not None:
-        parts.append(Text(f"cannot look: {fleet.error}", "bold red", no_wrap=True, overflow="ellipsis"))
-    parts.append(Text(note or _KEYS, "bold yellow" if note else "dim", no_wrap=True, overflow="ellipsis"))
-    return Group(*parts)
+        below.append(_text(fleet.error, "bold red"))
+    if question or note or height is not None:
+        below.append(
+            _text(question or note or _KEYS, "bold black on yellow" if question else "yellow" if note else "dim")
+        )
+    wants = [max(len(fleet.workers), 1), max(len(fleet.runs), 1), _EVENTS]
+    if height is None:
+        return Group(*above, Text(), _workers(fleet, wants[0]), Text(), _runs(fleet, selected, wants[1]), *below)
+    # Each part has a header and an empty line above it. Where there is no room for all, the turns stay.
+    if selected is None or height < _ALL_PARTS:
+        wants[2] = 0
+    if height < _TWO_PARTS:
+        wants[0] = 0
+    room = height - len(above) - len(below) - 2 * sum(want > 0 for want in wants)
+    workers, runs, lines = _share(room, wants)
+    parts: list[RenderableType] = []
+    if workers:
+        parts += [_cut(workers, len(fleet.workers), "workers"), _workers(fleet, workers)]
+    parts += [_cut(runs, len(fleet.runs), "running turns"), _runs(fleet, selected, runs)]
+    if lines and selected is not None:
+        parts += [Text(), _text(f"last events of {selected[0]}", "dim"), _events(list(events)[-lines:])]
+        lines = min(lines, len(events))
+    spare = max(room - workers - runs - lines, 0)
+    return Group(*above, *parts, *(Text() for _ in range(spare)), *below)
+
+
+def _share(room: int, wants: Sequence[int]) -> list[int]:
+    """Deal lines out, one each in turn, to whoever wants more; the turns come first."""
+    given = [0] * len(wants)
+    order = (1, 0, 2)
+    while room > 0 and any(given[i] < wants[i] for i in order):
+        for i in order:
+            if room > 0 and given[i] < wants[i]:
+                given[i] += 1
+                room -= 1
+    return given
+
+
+def _text(text: str, style: str = "") -> Text:
+    """The text on one line, and nothing in it that a terminal would obey."""
+    return Text(clean(text).replace("\n", "⏎").replace("\t", " "), style, no_wrap=True, overflow="ellipsis")
+
+
+class _Middle:
+    """A name, cut in its middle where it is too long: what tells it from others is mostly at its end."""
+
+    def __init__(self, name: str) -> None:
+        self._name = _text(name).plain
+
+    def __rich_measure__(self, console: Console, options: ConsoleOptions) -> Measurement:
+        return Measurement(min(cell_len(self._name), 8), cell_len(self._name))
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[Text]:
+        width, name = options.max_width, self._name
+        if cell_len(name) > width > 0:
+            tail = name[-(width // 2) :] if width > 1 else ""
+            name = set_cell_size(name, width - 1 - cell_len(tail)).rstrip() + "…" + tail
+        yield Text(name, no_wrap=True, overflow="crop")
 
 
 def _totals(fleet: Fleet, title: str) -> Text:
-    line = Text(no_wrap=True, overflow="ellipsis")
-    line.append("agentrun ", "bold")
-    line.append(f"{title}   ", "dim")
+    line = _text("agentrun ", "bold")
+    line.append(f"{_text(title).plain}   ", "dim not bold")
+    if not fleet.known:
+        return line.append("asking …", "yellow")
+    used, slots = fleet.slots
     for number, name in (
         (f"{len(fleet.workers)}", "worker" if len(fleet.workers) == 1 else "workers"),
-        (f"{len(fleet.runs)}/{fleet.slots}", "slots"),
+        (f"{used}/{slots}", "slots"),
         (f"{fleet.waiting}", "waiting"),
         (f"{fleet.rate:.0f}", "tokens/s"),
     ):
         line.append(number, "bold cyan")
-        line.append(f" {name}   ")
-    for queue in fleet.queues:
-        if queue.waiting:
-            line.append(f"{queue.agent}: {queue.waiting} wait  ", "yellow")
+        line.append(f" {name}   ", "not bold")
+    if fleet.dead:
+        line.append(f"{fleet.dead} gave up   ", "bold red")
+    if len(fleet.queues) > 1:
+        for queue in fleet.queues:
+            if queue.waiting:
+                line.append(f"{_text(queue.agent).plain}: {queue.waiting} wait   ", "yellow not bold")
+    line.rstrip()
     return line
 
 
-def _table(title: str, *columns: tuple[str, bool]) -> Table:
-    table = Table(title=title, title_justify="left", title_style="bold", expand=True, box=None, header_style="dim")
-    for name, number in columns:
-        table.add_column(name, justify="right" if number else "left", no_wrap=True, overflow="ellipsis")
-    return table
+class _Column(NamedTuple):
+    name: str
+    share: int
+    """Of the width that is left; 0: it is as wide as it must be."""
+    least: int
+    """Its least width."""
+    rank: int
+    """Where there is no room for all columns, those of the highest rank are left out."""
+    number: bool = False
 
 
-def _workers(fleet: Fleet, now: float, room: int) -> Table:
-    table = _table(
-        f"workers{_rest(len(fleet.workers), room)}",
-        ("worker", False), ("host", False), ("agents", False), ("busy", True), ("tokens/s", True), ("state", False),
-    )  # fmt: skip
+class _Grid:
+    """A table of as many columns as there is room for."""
+
+    def __init__(self, *columns: _Column) -> None:
+        self._columns = columns
+        self._rows: list[tuple[Sequence[RenderableType], str]] = []
+
+    def add(self, cells: Sequence[RenderableType], style: str = "") -> None:
+        self._rows.append((cells, style))
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[Table]:
+        kept = set(self._columns)
+        for column in sorted(self._columns, key=lambda column: -column.rank):
+            if sum(each.least + _GAP for each in kept) > options.max_width and len(kept) > 1:
+                kept.remove(column)
+        shown = [i for i, column in enumerate(self._columns) if column in kept]
+        table = Table(expand=True, box=None, header_style="dim", padding=(0, _GAP, 0, 0), pad_edge=False)
+        for column in (self._columns[i] for i in shown):
+            table.add_column(
+                column.name,
+                ratio=column.share or None,
+                min_width=column.least,
+                justify="right" if column.number else "left",
+                no_wrap=True,
+                overflow="ellipsis",
+            )
+        for cells, style in self._rows:
+            table.add_row(*(cells[i] for i in shown if i < len(cells)), style=style)
+        yield table
+
+
+_WORKERS = (
+    _Column("worker", 4, 8, 0), _Column("host", 2, 4, 4), _Column("agents", 5, 6, 3), _Column("busy", 0, 5, 1, True),
+    _Column("tok/s", 0, 5, 5, True), _Column("state", 0, 12, 2),
+)  # fmt: skip
+_VERSION = _Column("version", 1, 7, 6)
+_RUNS = (
+    _Column("session", 4, 8, 0), _Column("turn", 3, 6, 4), _Column("agent", 3, 5, 6), _Column("try", 0, 3, 7, True),
+    _Column("age", 0, 4, 1, True), _Column("tokens", 0, 6, 5, True), _Column("tok/s", 0, 5, 3, True),
+    _Column("worker", 4, 8, 2),
+)  # fmt: skip
+
+
+def _workers(fleet: Fleet, room: int) -> _Grid:
+    several = len({seen.info.version for seen in fleet.workers.values()}) > 1
+    grid = _Grid(*_WORKERS, *([_VERSION] if several else []))
     for seen in list(fleet.workers.values())[:room]:
         info = seen.info
-        state, style = _state(seen, now)
-        table.add_row(
-            info.worker,
-            info.host,
-            ",".join(info.agents),
-            f"{len(info.running)}/{info.slots}",
-            f"{seen.rate:.0f}",
-            Text(state, style),
-        )
-    if not fleet.workers:
-        table.add_row(Text("none answers", "yellow"))
-    return table
+        grid.add((
+            _Middle(info.worker), _Middle(info.host), _text(_agents(seen)), Text(f"{len(info.running)}/{info.slots}"),
+            Text(f"{seen.rate:.0f}"), _state(fleet, seen), _text(info.version),
+        ))  # fmt: skip
+    if not fleet.workers and room:
+        grid.add([Text("none answers" if fleet.known else "…", "yellow")])
+    return grid
 
 
-def _state(seen: Seen, now: float) -> tuple[str, str]:
-    if (silent := seen.silent(now)) is not None:
-        return f"silent for {silent:.0f} s", "bold red"
-    return ("draining", "yellow") if seen.info.draining else ("up", "green")
+def _agents(seen: Seen) -> str:
+    load = seen.info.load
+    if len(load) > 1:
+        return " ".join(f"{each.agent} {each.running}/{each.slots}" for each in load)
+    return ",".join(seen.info.agents)
 
 
-def _runs(fleet: Fleet, selected: tuple[str, str] | None, room: int) -> Table:
-    table = _table(
-        f"running turns{_rest(len(fleet.runs), room)}",
-        ("session", False), ("turn", False), ("agent", False), ("try", True), ("age", True), ("tokens", True),
-        ("tokens/s", True), ("worker", False),
-    )  # fmt: skip
+def _state(fleet: Fleet, seen: Seen) -> Text:
+    if fleet.silent(seen):
+        return Text(f"silent {seen.unheard:.0f} s", "bold red")
+    return Text("draining", "yellow") if seen.info.draining else Text(f"up {_age(seen.info.uptime)}", "green")
+
+
+def _runs(fleet: Fleet, selected: tuple[str, str] | None, room: int) -> _Grid:
+    grid = _Grid(*_RUNS)
     for run in _around(fleet.runs, selected, room):
         info = run.info
-        table.add_row(
-            info.session,
-            info.turn[:12],
-            info.agent,
-            str(info.attempt),
-            _age(info.seconds),
-            str(info.tokens),
-            f"{run.rate:.0f}",
-            Text("stopping", "yellow") if info.stopping else run.worker,
-            style="reverse" if run.key == selected else "",
-        )
-    if not fleet.runs:
-        table.add_row(Text("none", "dim"))
-    return table
+        silent = fleet.silent(fleet.workers[run.worker])
+        where = Text("stopping", "yellow") if info.stopping and not silent else _Middle(run.worker)
+        cells = (
+            _Middle(info.session), _Middle(info.turn), _text(info.agent), Text(str(info.attempt)),
+            Text(_age(info.seconds)), Text(str(info.tokens)), Text(f"{run.rate:.0f}"), where,
+        )  # fmt: skip
+        grid.add(cells, "reverse" if run.key == selected else "dim" if silent else "")
+    if not fleet.runs and room:
+        grid.add([Text("none", "dim")])
+    return grid
 
 
 def _around(runs: Sequence[Run], selected: tuple[str, str] | None, room: int) -> Sequence[Run]:
@@ -139,11 +239,42 @@ def _around(runs: Sequence[Run], selected: tuple[str, str] | None, room: int) ->
     return runs[start : start + room]
 
 
-def _rest(number: int, room: int) -> str:
-    return f", {room} of {number}" if number > room else ""
+def _events(lines: Sequence[Line]) -> Table:
+    table = Table(expand=True, box=None, show_header=False, padding=(0, _GAP, 0, 0), pad_edge=False)
+    for width, ratio in ((13, None), (17, None), (None, 1), (None, 2)):
+        table.add_column(width=width, ratio=ratio, no_wrap=True, overflow="ellipsis")
+    for line in lines:
+        where = f"{line.first}–{line.last}" if line.last > line.first else f"{line.first}" if line.first else ""
+        text = line.text.replace("\n", "⏎")
+        if line.tokens is not None:
+            text = f"{line.tokens} tokens  {text}"
+        table.add_row(
+            Text(where, "dim", justify="right"), _text(line.type, _style(line.type)), _Middle(line.turn), _text(text)
+        )
+    return table
+
+
+def _style(type: str) -> str:
+    match type:
+        case "turn.completed":
+            return "green"
+        case "turn.failed" | "turn.expired" | "input.rejected" | "gap":
+            return "red"
+        case "turn.cancelled" | "turn.cancel" | "turn.retrying":
+            return "yellow"
+        case _:
+            return "cyan"
+
+
+def _cut(room: int, number: int, name: str) -> Text:
+    """The line above a table: how much of it is shown, where that is not all."""
+    return _text(f"{room} of {number} {name}" if number > room else "", "dim")
 
 
 def _age(seconds: float) -> str:
     minutes, rest = divmod(int(seconds), 60)
     hours, minutes = divmod(minutes, 60)
+    days, hours = divmod(hours, 24)
+    if days:
+        return f"{days}d {hours:02}:{minutes:02}"
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

@@ -9,13 +9,15 @@ import click
 import msgspec
 
 from agentrun import brokers
+from agentrun import dead as dead_turns
 from agentrun.broker import BrokerAdmin, QueueStats
 from agentrun.brokers.streams import Streams
+from agentrun.cli._workers import UNREADABLE, ask_workers
 from agentrun.cli.common import App, Fatal, command, duration, json_option, option
 from agentrun.cli.lines import columns
 from agentrun.errors import InvalidInput
 from agentrun.reading import ends_of
-from agentrun.worker import WORKERS, WorkerInfo
+from agentrun.worker import WorkerInfo
 
 LOOKED_AT = 10_000
 """Sessions whose ends ``agentrun sessions`` looks up to find the newest."""
@@ -120,19 +122,24 @@ def _when(seconds: float) -> str:
 @option("--wait", type=duration, default=0.5, show_default="500ms", help="How long workers get to answer.")
 @json_option
 async def status(app: App, wait: float, as_json: bool) -> None:
-    """Show the agents' queues, the workers that answer, and the turns they run."""
+    """Show the agents' queues, the workers that answer, the turns they run, and how many gave up."""
     async with app.client() as client:
         broker = client.broker
         queues = list(await broker.stats()) if isinstance(broker, BrokerAdmin) else []
-        replies = await broker.signals.gather(WORKERS, b"", wait=wait)
-    workers = sorted((msgspec.json.decode(reply, type=WorkerInfo) for reply in replies), key=lambda w: w.worker)
+        answers = await ask_workers(broker.signals, wait=wait)
+        dead = await dead_turns.count(broker.log)
+    if answers.unreadable:
+        click.echo(UNREADABLE.format(answers.unreadable), err=True)
     if as_json:
-        click.echo(msgspec.json.encode({"namespace": app.namespace, "agents": queues, "workers": workers}))
+        body = {"namespace": app.namespace, "agents": queues, "workers": answers.workers, "dead": dead}
+        click.echo(msgspec.json.encode(body))
         return
-    for title, lines in _tables(queues, workers):
+    for title, lines in _tables(queues, answers.workers):
         click.echo(click.style(title, bold=True))
         for line in lines:
             click.echo(f"  {line}")
+    if dead:
+        click.echo(f"{dead} gave up, see agentrun dead list")
 
 
 def _tables(queues: list[QueueStats], workers: list[WorkerInfo]) -> list[tuple[str, list[str]]]:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import msgspec
 
 from agentrun import wire
 from agentrun.client import Event
 
-__all__ = ["clean", "columns", "describe", "event_line", "input_text", "question_text", "short"]
+__all__ = ["clean", "columns", "describe", "event_line", "input_text", "question_text", "said", "short"]
 
 _WIDTH = 160
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
@@ -51,6 +51,32 @@ def short(value: Any) -> str:
     text = value if isinstance(value, str) else msgspec.json.encode(value).decode()
     text = text.replace("\n", "⏎")
     return text if len(text) <= _WIDTH else text[: _WIDTH - 1] + "…"
+
+
+def said(event: Event) -> str:
+    """What an event says, in a line."""
+    match event.data:
+        case wire.TextDelta() | wire.ReasoningDelta() | wire.ToolInputDelta() as data:
+            return short(data.text)
+        case wire.TurnRequested() as data:
+            instead = f" instead of {data.replaces}" if data.replaces else ""
+            return f"{data.turn} to {data.agent}{instead}: {short(data.input)}"
+        case wire.TurnStarted() as data:
+            resumes = "" if data.resumes_from is None else f", goes on after {data.resumes_from}"
+            return f"{data.turn} by {data.worker}{resumes}"
+        case wire.TurnFailed() | wire.TurnRetrying() as data:
+            return f"{data.turn} {data.error.code}: {short(data.error.message)}"
+        case wire.Snapshot() | wire.Gap() as data:
+            return f"{data.from_} to {data.to}"
+        case wire.ToolCall() | wire.ToolResult() | wire.Data() | wire.Source() | wire.File() as data:
+            return describe(data).strip()
+        case wire.UnknownEvent() as data:
+            return short(data.raw.decode(errors="replace"))
+        case data:
+            fields = cast("dict[str, Any]", msgspec.to_builtins(data))
+            left_out = ("type", "turn", "message", "attempt", "turn_offset", "metadata", "trace")
+            rest = (f"{name}={short(value)}" for name, value in fields.items() if name not in left_out)
+            return short(" ".join((fields.get("turn") or "", *rest)))
 
 
 def question_text(question: wire.InputRequired) -> str:

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import sys
 from contextlib import aclosing
-from typing import Any, cast
+from typing import Any
 
 import anyio
 import click
 import msgspec
 
-from agentrun import wire
 from agentrun.cli.common import App, Fatal, command, json_option, option, session_argument, until_nobody_reads
-from agentrun.cli.lines import clean, describe, event_line, short
+from agentrun.cli.lines import clean, event_line, said
 from agentrun.cli.render import Renderer, Screen
 from agentrun.client import Event
 from agentrun.history import TurnView
@@ -46,33 +45,8 @@ async def tail(app: App, session: str, after: int, follow: bool, as_json: bool) 
 def _line(event: Event) -> str:
     data = event.data
     attempt = getattr(data, "attempt", 0)
-    line = f"{event.offset:>6}  {event.type:<16} {f'#{attempt}' if attempt else '':<3} {_text(event)}"
+    line = f"{event.offset:>6}  {event.type:<16} {f'#{attempt}' if attempt else '':<3} {said(event)}"
     return clean(line).rstrip()
-
-
-def _text(event: Event) -> str:
-    match event.data:
-        case wire.TextDelta() | wire.ReasoningDelta() | wire.ToolInputDelta() as data:
-            return short(data.text)
-        case wire.TurnRequested() as data:
-            instead = f" instead of {data.replaces}" if data.replaces else ""
-            return f"{data.turn} to {data.agent}{instead}: {short(data.input)}"
-        case wire.TurnStarted() as data:
-            resumes = "" if data.resumes_from is None else f", goes on after {data.resumes_from}"
-            return f"{data.turn} by {data.worker}{resumes}"
-        case wire.TurnFailed() | wire.TurnRetrying() as data:
-            return f"{data.turn} {data.error.code}: {short(data.error.message)}"
-        case wire.Snapshot() | wire.Gap() as data:
-            return f"{data.from_} to {data.to}"
-        case wire.ToolCall() | wire.ToolResult() | wire.Data() | wire.Source() | wire.File() as data:
-            return describe(data).strip()
-        case wire.UnknownEvent() as data:
-            return short(data.raw.decode(errors="replace"))
-        case data:
-            fields = cast("dict[str, Any]", msgspec.to_builtins(data))
-            left_out = ("type", "turn", "message", "attempt", "turn_offset", "metadata", "trace")
-            rest = (f"{name}={short(value)}" for name, value in fields.items() if name not in left_out)
-            return short(" ".join((fields.get("turn") or "", *rest)))
 
 
 @command("history")

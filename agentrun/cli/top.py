@@ -2,37 +2,44 @@
 
 from __future__ import annotations
 
+import logging
 import os
+import shutil
 import signal
 import sys
 import time
-from collections import deque
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
 
 import anyio
-import msgspec
 from anyio.abc import TaskGroup
 from rich.console import Console, RenderableType
 from rich.live import Live
 
+from agentrun import dead
 from agentrun.broker import BrokerAdmin, QueueStats
-from agentrun.cli import stdin
 from agentrun.cli._top_data import Fleet
+from agentrun.cli._top_events import Recently
+from agentrun.cli._top_keys import keys
 from agentrun.cli._top_view import picture
+from agentrun.cli._workers import UNREADABLE, ask_workers
 from agentrun.cli.common import App, Fatal, command, duration, option
-from agentrun.cli.lines import short
 from agentrun.cli.prompt import raw_terminal
 from agentrun.client import Client
 from agentrun.errors import AgentrunError, BrokerError
-from agentrun.worker import WORKERS, WorkerInfo
 
-_KEPT = 20
-"""Events of the selected session that are kept."""
+_BACK = 1000
+"""Records of the selected session that are read back; tokens in a row become one line."""
 _ANSWER = 0.4
 """Seconds workers get to answer."""
+_DEAD = 10.0
+"""Seconds between two looks at the list of turns that gave up."""
 _FRAME = 0.25
-"""Seconds between two frames while nothing happens: ages and silences grow."""
-_UP, _DOWN = (b"\x1b[A", b"\x1bOA", b"k"), (b"\x1b[B", b"\x1bOB", b"j")
-_LEAVE = (b"q", b"\x03", b"")
+"""Seconds between two frames while nothing happens: the terminal may have another size."""
+_REST = 0.2
+"""Seconds for which a row is selected before its session is read: who scrolls passes many."""
+_WIDTH = 160
+"""Columns, where there is no terminal."""
 
 
 @command("top")
@@ -61,30 +68,36 @@ class _Top:
         self._every = every
         self._content = content
         self._by = by
-        self._fleet = Fleet()
+        self._fleet = Fleet(every)
+        self._dead_at = -_DEAD
         self._console = Console()
         self._selected: tuple[str, str] | None = None
-        self._events: deque[str] = deque(maxlen=_KEPT)
+        self._row = 0
+        self._recently = Recently(content=content)
         self._note = ""
         self._asked: tuple[str, str] | None = None
         """Whose stop waits for a yes."""
         self._changed = anyio.Event()
-        self._follower = anyio.CancelScope()
+        self._moved = anyio.Event()
 
     async def once(self) -> None:
+        """Show it, and that is all."""
         await self._look()
-        if self._fleet.error is not None:
-            raise Fatal(self._fleet.error)
-        height = 1000  # nothing is left out
-        self._console.print(picture(self._fleet, now=time.monotonic(), height=height, title=self._title, note=" "))
+        if not self._fleet.known:
+            raise Fatal(str(self._fleet.error))
+        width = None if self._console.is_terminal else shutil.get_terminal_size((_WIDTH, 0)).columns
+        self._console.print(picture(self._fleet, title=self._title), width=width)
 
     async def run(self) -> None:
+        """Show it until somebody leaves. However it ends, the terminal is as it was."""
         with (
             raw_terminal(sys.stdin.fileno(), sys.stdout),
             Live(console=self._console, screen=True, auto_refresh=False) as live,
+            _logged(self._log),
         ):
             async with anyio.create_task_group() as group:
                 group.start_soon(self._sample)
+                group.start_soon(self._follow)
                 group.start_soon(self._keys, group)
                 group.start_soon(self._end_with_signals, group)
                 while True:
@@ -94,15 +107,26 @@ class _Top:
                         await self._changed.wait()
 
     def _picture(self) -> RenderableType:
+        question = ""
+        if self._asked is not None:
+            session, turn = self._asked
+            question = f"stop turn {turn} of session {session}? y: yes, any other key: no"
         return picture(
             self._fleet,
-            now=time.monotonic(),
             height=self._console.height,
             selected=self._selected,
-            events=tuple(self._events),
+            events=tuple(self._recently.lines),
             note=self._note,
+            question=question,
             title=self._title,
         )
+
+    def _log(self, text: str) -> None:
+        self._note = text  # shown with the next frame: other threads must not wake this one
+
+    def _say(self, note: str) -> None:
+        self._note = note
+        self._changed.set()
 
     async def _end_with_signals(self, group: TaskGroup) -> None:
         with anyio.open_signal_receiver(signal.SIGTERM, signal.SIGINT, signal.SIGHUP) as signals:
@@ -113,72 +137,107 @@ class _Top:
 
     async def _sample(self) -> None:
         while True:
+            began = time.monotonic()
             await self._look()
             self._changed.set()
-            await anyio.sleep(max(self._every - _ANSWER, 0.0))
+            await anyio.sleep(max(began + self._every - time.monotonic(), 0.0))
 
     async def _look(self) -> None:
         broker = self._client.broker
         try:
             queues: list[QueueStats] = await broker.stats() if isinstance(broker, BrokerAdmin) else []
-            replies = await broker.signals.gather(WORKERS, b"", wait=_ANSWER)
+            if time.monotonic() - self._dead_at >= _DEAD:
+                self._fleet.dead = await dead.count(broker.log)
+                self._dead_at = time.monotonic()
+            answers = await ask_workers(broker.signals, wait=_ANSWER)
         except BrokerError as error:
-            self._fleet.failed(str(error))
-            return
-        self._fleet.sample(time.monotonic(), [msgspec.json.decode(r, type=WorkerInfo) for r in replies], queues)
+            self._fleet.failed(time.monotonic(), str(error))
+        else:
+            error = UNREADABLE.format(answers.unreadable) if answers.unreadable else None
+            self._fleet.sample(time.monotonic(), answers.workers, queues, error)
 
-    async def _follow(self, session: str) -> None:
-        with self._follower:
-            try:
-                end = await self._client.broker.log.last(session)
-                async with self._client.session(session).follow(max(end.offset - _KEPT, 0)) as events:
-                    async for event in events:
-                        said = short(event.raw.decode(errors="replace")) if self._content else event.turn or ""
-                        self._events.append(f"{event.offset:>8}  {event.type:<16} {said}")
-                        self._changed.set()
-            except AgentrunError as error:
-                self._events.append(str(error))
-                self._changed.set()
+    async def _follow(self) -> None:
+        """Follow the session of the selected turn, whichever that is."""
+        while True:
+            self._moved = anyio.Event()
+            async with anyio.create_task_group() as group:
+                if self._selected is not None:
+                    self._recently = Recently(content=self._content)
+                    group.start_soon(self._read, self._selected[0], self._recently)
+                await self._moved.wait()
+                group.cancel_scope.cancel()
+
+    async def _read(self, session: str, into: Recently) -> None:
+        await anyio.sleep(_REST)
+        try:
+            end = await self._client.broker.log.last(session)
+            async with self._client.session(session).follow(max(end.offset - _BACK, 0)) as events:
+                async for event in events:
+                    into.add(event)
+                    self._changed.set()
+        except AgentrunError as error:
+            into.say(str(error))
+            self._changed.set()
 
     # ---------------------------------------------------------------------------------------------------- the person
 
     async def _keys(self, group: TaskGroup) -> None:
-        async for typed in stdin.chunks():
-            if typed in _LEAVE:
+        async for key in keys():
+            if key == "leave":
                 break
+            self._note = ""
             if self._asked is not None:
                 asked, self._asked = self._asked, None
-                self._note = ""
-                if typed in (b"y", b"Y"):
+                if key in ("y", "Y"):
                     group.start_soon(self._stop, asked)
-            elif typed in _UP or typed in _DOWN:
-                self._note = ""
-                self._select(-1 if typed in _UP else 1, group)
-            elif typed == b"s" and self._selected is not None:
+            elif key in ("up", "down"):
+                self._select(-1 if key == "up" else 1)
+            elif key == "s" and self._selected is not None:
                 self._asked = self._selected
-                self._note = (
-                    f"stop turn {self._selected[1][:12]} of session {self._selected[0]}? y: yes, any other key: no"
-                )
+            elif key == "s":
+                self._note = "select a turn first: ↑ ↓"
             self._changed.set()
         group.cancel_scope.cancel()
 
-    def _select(self, step: int, group: TaskGroup) -> None:
-        keys = [run.key for run in self._fleet.runs]
-        if not keys:
+    def _select(self, step: int) -> None:
+        rows = [run.key for run in self._fleet.runs]
+        if not rows:
             return
-        at = keys.index(self._selected) + step if self._selected in keys else 0
-        before, self._selected = self._selected, keys[min(max(at, 0), len(keys) - 1)]
+        if self._selected in rows:
+            self._row = rows.index(self._selected) + step
+        self._row = min(max(self._row, 0), len(rows) - 1)
+        before, self._selected = self._selected, rows[self._row]
         if before is None or before[0] != self._selected[0]:
-            self._follower.cancel()
-            self._follower = anyio.CancelScope()
-            self._events.clear()
-            group.start_soon(self._follow, self._selected[0])
+            self._moved.set()
 
     async def _stop(self, which: tuple[str, str]) -> None:
+        self._say(f"stopping turn {which[1]} of session {which[0]} …")
         try:
             receipt = await self._client.turn(*which).cancel(by=self._by)
             at = f" at offset {receipt.offset}" if receipt.offset else ""
-            self._note = f"receipt: {receipt.status}{at}, {receipt.took * 1000:.1f} ms"
+            self._say(f"turn {which[1]}: {receipt.status}{at}, {receipt.took * 1000:.1f} ms")
         except AgentrunError as error:
-            self._note = f"cannot stop it: {error}"
-        self._changed.set()
+            self._say(f"cannot stop it: {error}")
+
+
+class _Handler(logging.Handler):
+    """Has said what is logged, by whatever thread."""
+
+    def __init__(self, say: Callable[[str], None]) -> None:
+        super().__init__()
+        self._say = say
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._say(record.getMessage())
+
+
+@contextmanager
+def _logged(say: Callable[[str], None]) -> Generator[None]:
+    """Have said what is logged, which would be written across the screen."""
+    root = logging.getLogger()
+    before = root.handlers
+    root.handlers = list[logging.Handler]([_Handler(say)])
+    try:
+        yield
+    finally:
+        root.handlers = before

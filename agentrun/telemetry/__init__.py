@@ -38,10 +38,10 @@ class Telemetry:
         tracer_provider: trace.TracerProvider | None = None,
         meter_provider: metrics.MeterProvider | None = None,
     ) -> None:
-        version = importlib.metadata.version("agentrun")
+        self.version = importlib.metadata.version("agentrun")
         self._tracers = tracer_provider
-        self.tracer = trace.get_tracer(SCOPE, version, tracer_provider)
-        self.instruments = Instruments(meter_provider, version)
+        self.tracer = trace.get_tracer(SCOPE, self.version, tracer_provider)
+        self.instruments = Instruments(meter_provider, self.version)
 
     @property
     def enabled(self) -> bool:

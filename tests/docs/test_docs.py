@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import re
 import sqlite3
 from contextlib import closing
 from pathlib import Path
 
+import msgspec
+
 import agentrun
 from agentrun import wire
+from agentrun.broker import QueueStats
 from agentrun.brokers import nats_layout, sqlite_file, valkey_scripts
 from agentrun.brokers.valkey_scripts import Script
+from agentrun.worker import AgentLoad, RunningTurn, WorkerInfo
 
 ROOT = Path(__file__).parents[2]
 
@@ -71,6 +76,20 @@ def test_the_protocol_lists_sqlites_tables() -> None:
         }
     told = {row[0].strip("`"): re.findall(r"`(\w+)`", row[1]) for row in rows_of("SQLite")[1:]}
     assert told == found
+
+
+def test_the_keys_of_status_are_those_of_the_document() -> None:
+    text = (ROOT / "docs" / "cli.md").read_text().partition("\n## agentrun status\n")[2]
+    told = json.loads(text.partition("```json\n")[2].partition("```")[0])
+    assert list(told) == ["namespace", "agents", "workers", "dead"]
+    for example, kind in (
+        (told["agents"][0], QueueStats),
+        (told["workers"][0], WorkerInfo),
+        (told["workers"][0]["running"][0], RunningTurn),
+        (told["workers"][0]["load"][0], AgentLoad),
+    ):
+        assert list(example) == list(kind.__struct_encode_fields__)
+        msgspec.convert(example, kind)
 
 
 def test_links_between_documents_lead_somewhere() -> None:

@@ -160,6 +160,9 @@ class Terminal:
     def type(self, text: str) -> None:
         os.write(self._master, text.encode())
 
+    def resize(self, rows: int, columns: int) -> None:
+        termios.tcsetwinsize(self._slave, (rows, columns))
+
     def until(self, pattern: str, timeout: float = PATIENCE) -> re.Match[str]:
         """Wait for a pattern behind the one that was waited for last."""
         end = time.monotonic() + timeout
@@ -191,8 +194,15 @@ class Terminal:
 
     @property
     def restored(self) -> bool:
-        """Whether the terminal is again as it was."""
-        return termios.tcgetattr(self._slave) == self._before
+        """Whether the terminal is again as it was: its mode, its own screen, and the cursor."""
+        switches = (("\x1b[?1049l", "\x1b[?1049h"), ("\x1b[?25h", "\x1b[?25l"), ("\x1b[?2004l", "\x1b[?2004h"))
+        undone = all(self._raw.rfind(off) >= self._raw.rfind(on) for off, on in switches)
+        return undone and termios.tcgetattr(self._slave) == self._before
+
+    @property
+    def screen(self) -> list[str]:
+        """The lines of the last whole frame of a program that draws the screen again and again."""
+        return ["", *self.text.split("\x1b[H")][-2].splitlines()
 
     def end(self) -> None:
         if self.process.poll() is None:

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from importlib.metadata import version
 
 import click
 import pytest
@@ -162,6 +163,10 @@ def test_status_tells_queues_workers_and_turns(shared: Cli, session: str) -> Non
     assert (worker["worker"], worker["agents"], worker["slots"]) == ("shared", ["echo"], 50)
     (running,) = worker["running"]
     assert (running["session"], running["turn"], running["attempt"]) == (session, "t1", 1)
+    assert (running["tokens"] > 0, running["stopping"]) == (True, False)
+    assert worker["load"] == [{"agent": "echo", "slots": 50, "running": 1}]
+    assert (worker["uptime"] > 0, worker["version"]) == (True, version("agentrun"))
+    assert found["dead"] == 0
     shown = shared.run("status").out
     assert session in shown
     assert "1/50" in shown

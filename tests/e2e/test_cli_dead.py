@@ -38,6 +38,8 @@ def test_what_gave_up_is_listed_with_its_reason(cli: Cli) -> None:
     assert (entry["code"], entry["attempts"]) == ("retry", 1)
     assert entry["message"].startswith("gave up after 1 attempts: ")
     assert time.time() - 60 < entry["time"] < time.time() + 5
+    assert cli.run("status", "--json").json["dead"] == 1
+    assert cli.run("status").out.endswith("1 gave up, see agentrun dead list\n")
     shown = cli.run("dead", "list").out.splitlines()
     assert shown[0].split()[:3] == ["session", "turn", "agent"]
     assert shown[1].split()[:3] == ["a", "t1", "echo"]

@@ -33,6 +33,7 @@ def test_every_command_does_its_work(cli: Cli, session: str) -> None:
     status = cli.within("status", "--json").json
     assert (status["agents"][0]["agent"], status["agents"][0]["leased"]) == ("echo", 1)
     assert [(turn["session"], turn["turn"]) for turn in status["workers"][0]["running"]] == [(session, "t2")]
+    assert "1 worker   1/50 slots" in cli.within("top", "--once").out
     receipt = cli.within("cancel", session, "t2", "--by", "ann", "--json").json
     assert (receipt["status"], receipt["offset"]) == ("cancelled", cli.log(session)[-1].offset)
     assert "stopped by ann" in sending.wait().err

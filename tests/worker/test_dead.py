@@ -235,6 +235,7 @@ async def test_200_turns_of_several_workers_that_give_up_at_once_are_all_listed(
         with pytest.raises(TurnFailed):
             await turn.result(30)
     assert {entry.key for entry in await listed(fleet.client)} == {(f"s{n}", f"t{n}") for n in range(200)}
+    assert await dead.count(fleet.broker.log) == 200
     # Batched: 200 appends of their own would have met at one session.
     assert len(await fleet.broker.log.read(dead.SESSION)) < 200
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
+from importlib.metadata import version
 from typing import Any
 
 import anyio
@@ -12,8 +13,8 @@ import pytest
 
 from agentrun import wire
 from agentrun.agent import Context, agent
-from agentrun.errors import InvalidInput, TurnFailed
-from agentrun.worker import WORKERS, Worker, WorkerInfo
+from agentrun.errors import InvalidInput, Retry, TurnFailed
+from agentrun.worker import WORKERS, AgentLoad, Worker, WorkerInfo
 from tests.worker.fleet import Fleet, eventually
 
 
@@ -134,6 +135,7 @@ async def test_agents_of_one_worker_have_slots_of_their_own(fleet: Fleet) -> Non
     await eventually(lambda: len(running.worker.info.running) == 1)
     (info,) = running.worker.info.running
     assert (info.session, info.turn, info.agent, info.attempt) == ("a", "t1", "stuck", 1)
+    assert running.worker.info.load == [AgentLoad("stuck", 1, 1), AgentLoad("echo", 1, 0)]
     release.set()
     await first.result(5)
 
@@ -142,7 +144,40 @@ async def test_a_worker_says_who_it_is(fleet: Fleet) -> None:
     await fleet.worker(echo, name="w1")
     await fleet.worker(echo, name="w2")
     replies = await fleet.broker.signals.gather(WORKERS, b"", wait=0.5)
-    assert {msgspec.json.decode(r, type=WorkerInfo).worker for r in replies} == {"w1", "w2"}
+    found = [msgspec.json.decode(r, type=WorkerInfo) for r in replies]
+    assert {info.worker for info in found} == {"w1", "w2"}
+    assert {info.version for info in found} == {version("agentrun")}
+    assert all(0 < info.uptime < 60 for info in found)
+
+
+async def test_a_worker_counts_the_tokens_of_each_attempt_and_says_which_is_being_stopped(fleet: Fleet) -> None:
+    release = anyio.Event()
+
+    @agent
+    async def talks(ctx: Context) -> AsyncGenerator[str]:
+        if ctx.attempt == 1:
+            yield "one "
+            raise Retry("again")
+        try:
+            yield "one "
+            yield "two "
+            await anyio.sleep_forever()
+        finally:
+            with anyio.CancelScope(shield=True):
+                await release.wait()
+
+    running = await fleet.worker(talks, cancel_grace=20.0)
+    turn = await fleet.session("s", "talks").send("x", id="t1")
+
+    def told() -> list[tuple[int, int, bool]]:
+        return [(t.attempt, t.tokens, t.stopping) for t in running.worker.info.running]
+
+    await eventually(lambda: told() == [(2, 2, False)])
+    async with anyio.create_task_group() as group:
+        group.start_soon(turn.cancel)
+        await eventually(lambda: told() == [(2, 2, True)])
+        release.set()
+    await eventually(lambda: told() == [])
 
 
 async def test_the_agent_gets_the_conversation(fleet: Fleet) -> None:
