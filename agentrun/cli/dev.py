@@ -99,7 +99,11 @@ def _fleet(
     arguments = [sys.executable, "-m", "agentrun", "worker", *agents, "--while-stdin"]
     arguments += ["--log-level", app.log_level or "info"]
     for name, value in msgspec.structs.asdict(settings).items():
-        arguments += ["--" + name.replace("_", "-"), str(value)]
+        option = name.replace("_", "-")
+        if isinstance(value, bool):
+            arguments.append(f"--{option}" if value else f"--no-{option}")
+        else:
+            arguments += [f"--{option}", str(value)]
     patience = settings.drain + settings.cancel_grace + _MARGIN
     names = [f"dev-{number}" for number in range(1, workers + 1)]
     env = {**os.environ, **place.environment}

@@ -177,7 +177,8 @@ class _Fleet:
             await owner.settle()
         except Fenced:
             return
-        if self.live[session][0] is lease:
+        if (held := self.live.get(session)) is not None and held[0] is lease:
+            # Where it is not, a later turn of the session has come and gone before this one's end was heard of here.
             del self.live[session]
         self.done.setdefault(session, []).append(lease.record.offset)
         self.left -= 1

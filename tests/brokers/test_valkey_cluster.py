@@ -69,7 +69,7 @@ async def test_the_contract_holds_on_a_node_of_a_cluster() -> None:
     # A restart would disturb the checks beside it.
     checks = [check for check in CHECKS if "restart" not in check.name]
     async with cluster_of((0, 16383)) as (node,):
-        outcomes = await run_contract(ValkeyEnvironments(node.server, 4), checks, at_once=8)
+        outcomes = await run_contract(ValkeyEnvironments(node.server, 4), checks, at_once=3)
     assert len(outcomes) == len(checks) > 50
     assert [outcome for outcome in outcomes if outcome.error] == []
 
