@@ -78,9 +78,9 @@ def picture(
 
 
 def _share(room: int, wants: Sequence[int]) -> list[int]:
-    """Deal lines out, one each in turn, to whoever wants more; the turns come first."""
+    """Deal lines out, one after the other, to whoever wants more; the turns come first, and get twice as many."""
     given = [0] * len(wants)
-    order = (1, 0, 2)
+    order = (1, 0, 1, 2)
     while room > 0 and any(given[i] < wants[i] for i in order):
         for i in order:
             if room > 0 and given[i] < wants[i]:
@@ -94,21 +94,36 @@ def _text(text: str, style: str = "") -> Text:
     return Text(clean(text).replace("\n", "⏎").replace("\t", " "), style, no_wrap=True, overflow="ellipsis")
 
 
-class _Middle:
-    """A name, cut in its middle where it is too long: what tells it from others is mostly at its end."""
+class _Cut:
+    """A text that is cut in its middle where it is too long: what tells a name from others is mostly at its end.
 
-    def __init__(self, name: str) -> None:
-        self._name = _text(name).plain
+    Args:
+        text: The text.
+        head: How many characters of its beginning are kept; None: half of what there is room for.
+    """
+
+    def __init__(self, text: str, head: int | None = None) -> None:
+        self._text = _text(text).plain
+        self._head = head
 
     def __rich_measure__(self, console: Console, options: ConsoleOptions) -> Measurement:
-        return Measurement(min(cell_len(self._name), 8), cell_len(self._name))
+        width = cell_len(self._text)
+        return Measurement(min(width, 8), width)
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[Text]:
-        width, name = options.max_width, self._name
-        if cell_len(name) > width > 0:
-            tail = name[-(width // 2) :] if width > 1 else ""
-            name = set_cell_size(name, width - 1 - cell_len(tail)).rstrip() + "…" + tail
-        yield Text(name, no_wrap=True, overflow="crop")
+        width, text = options.max_width, self._text
+        if cell_len(text) > width > 0:
+            head = min(width // 2 if self._head is None else self._head, width - 1)
+            text = set_cell_size(text, head) + "…" + _end(text, width - head - 1)
+        yield Text(text, no_wrap=True, overflow="crop")
+
+
+def _end(text: str, width: int) -> str:
+    """As much of the end as fits."""
+    start = max(len(text) - width, 0)
+    while cell_len(text[start:]) > width:
+        start += 1
+    return text[start:]
 
 
 def _totals(fleet: Fleet, title: str) -> Text:
@@ -195,7 +210,7 @@ def _workers(fleet: Fleet, room: int) -> _Grid:
     for seen in list(fleet.workers.values())[:room]:
         info = seen.info
         grid.add((
-            _Middle(info.worker), _Middle(info.host), _text(_agents(seen)), Text(f"{len(info.running)}/{info.slots}"),
+            _Cut(info.worker), _Cut(info.host), _text(_agents(seen)), Text(f"{len(info.running)}/{info.slots}"),
             Text(f"{seen.rate:.0f}"), _state(fleet, seen), _text(info.version),
         ))  # fmt: skip
     if not fleet.workers and room:
@@ -221,9 +236,9 @@ def _runs(fleet: Fleet, selected: tuple[str, str] | None, room: int) -> _Grid:
     for run in _around(fleet.runs, selected, room):
         info = run.info
         silent = fleet.silent(fleet.workers[run.worker])
-        where = Text("stopping", "yellow") if info.stopping and not silent else _Middle(run.worker)
+        where = Text("stopping", "yellow") if info.stopping and not silent else _Cut(run.worker)
         cells = (
-            _Middle(info.session), _Middle(info.turn), _text(info.agent), Text(str(info.attempt)),
+            _Cut(info.session), _Cut(info.turn), _text(info.agent), Text(str(info.attempt)),
             Text(_age(info.seconds)), Text(str(info.tokens)), Text(f"{run.rate:.0f}"), where,
         )  # fmt: skip
         grid.add(cells, "reverse" if run.key == selected else "dim" if silent else "")
@@ -245,12 +260,12 @@ def _events(lines: Sequence[Line]) -> Table:
         table.add_column(width=width, ratio=ratio, no_wrap=True, overflow="ellipsis")
     for line in lines:
         where = f"{line.first}–{line.last}" if line.last > line.first else f"{line.first}" if line.first else ""
-        text = line.text.replace("\n", "⏎")
-        if line.tokens is not None:
-            text = f"{line.tokens} tokens  {text}"
-        table.add_row(
-            Text(where, "dim", justify="right"), _text(line.type, _style(line.type)), _Middle(line.turn), _text(text)
-        )
+        if line.tokens is None:
+            text: RenderableType = _text(line.text)
+        else:
+            tokens = f"{line.tokens} tokens  "
+            text = _Cut(tokens + line.text, len(tokens))
+        table.add_row(Text(where, "dim", justify="right"), _text(line.type, _style(line.type)), _Cut(line.turn), text)
     return table
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 
 import pytest
+from rich.cells import cell_len
 from rich.console import Console
 
 from agentrun import wire
@@ -261,6 +262,18 @@ def test_a_long_name_is_cut_in_its_middle() -> None:
     shown = "\n".join(lines(fleet))
     for n in "xy":
         assert shown.count(f"7b-{n}") == 2, shown
+
+
+def test_of_tokens_the_newest_are_in_sight() -> None:
+    fleet = Fleet()
+    fleet.sample(0.0, [worker("w", turn("a", 1, 1.0))], [])
+    text = " ".join(f"w{n}" for n in range(40))
+    for said, newest in ((text, "w39"), (text + "漢字" * 40, "漢字")):
+        shown = lines(fleet, selected=("s-a", "a"), events=[Line(1, 40, "text.delta", "a #1", said, 40)])
+        (line,) = [line for line in shown if "text.delta" in line]
+        assert "  40 tokens" in line
+        assert line.endswith(newest)
+        assert cell_len(line) <= 80
 
 
 def test_what_a_terminal_would_obey_is_left_out() -> None:
