@@ -357,12 +357,15 @@ class Attempt:
             log.info("turn %s, attempt %d: %s", self.turn, self._number, error)
             self._watch.ended("fenced")
             return Lost()
-        failed = event.error.code if isinstance(event, (wire.TurnFailed, wire.TurnRetrying)) else None
-        self._watch.ended(outcome_of(event), error=failed, said=self._message())
-        if isinstance(event, wire.TERMINAL):
-            self._shared.watcher.turn_ended(self._session, self._view, event)
+        ends = isinstance(event, wire.TERMINAL)
+        if ends:
             self._inbox.over(event, tail.offset)
             self._leave(tail, pieces, last)
+        # Only now: who waits for a receipt does not wait for this.
+        failed = event.error.code if isinstance(event, (wire.TurnFailed, wire.TurnRetrying)) else None
+        self._watch.ended(outcome_of(event), error=failed, said=self._message())
+        if ends:
+            self._shared.watcher.turn_ended(self._session, self._view, event)
         return outcome
 
     async def _report_dead(self, event: wire.TurnFailed) -> None:

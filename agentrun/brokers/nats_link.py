@@ -247,8 +247,8 @@ class Link:
             tls=self.options.tls,
             user_credentials=self.options.user_credentials,
             connect_timeout=2,
-            # Spread, so that a fleet does not come back in step.
-            reconnect_time_wait=random.uniform(0.15, 0.4),  # type: ignore[arg-type]  # noqa: S311
+            # Spread, so that a fleet does not come back in step. It is annotated as int, and slept for as it is.
+            reconnect_time_wait=cast("int", random.uniform(0.15, 0.4)),  # noqa: S311
             max_reconnect_attempts=-1,
             ping_interval=2,
             max_outstanding_pings=2,
