@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -25,12 +26,17 @@ _ALL_PARTS = 15
 """Lines from which on there is room for workers, turns and events."""
 _TWO_PARTS = 10
 """Lines from which on there is room for workers and turns."""
+_ERROR = 3
+"""Lines of an error, where there is room for all parts; one where there is not."""
+_WIDTH = 160
+"""Columns, where none are told."""
 
 
 def picture(
     fleet: Fleet,
     *,
     height: int | None = None,
+    width: int | None = None,
     selected: tuple[str, str] | None = None,
     events: Sequence[Line] = (),
     note: str = "",
@@ -42,6 +48,7 @@ def picture(
     Args:
         fleet: What is known.
         height: Lines there are: tables are cut to them and say so. None: nothing is cut, and no keys are told.
+        width: Columns there are, which is where an error goes on in the next line. None: 160.
         selected: Session and turn of the selected row.
         events: The last events of the selected turn's session.
         note: What is to be said.
@@ -51,7 +58,8 @@ def picture(
     above: list[RenderableType] = [_totals(fleet, title)]
     below: list[RenderableType] = []
     if fleet.error is not None:
-        below.append(_text(fleet.error, "bold red"))
+        most = 1 if height is not None and height < _ALL_PARTS else _ERROR
+        below += _wrapped(fleet.error, width or _WIDTH, most, "bold red")
     if question or note or height is not None:
         below.append(
             _text(question or note or _KEYS, "bold black on yellow" if question else "yellow" if note else "dim")
@@ -92,6 +100,12 @@ def _share(room: int, wants: Sequence[int]) -> list[int]:
 def _text(text: str, style: str = "") -> Text:
     """The text on one line, and nothing in it that a terminal would obey."""
     return Text(clean(text).replace("\n", "⏎").replace("\t", " "), style, no_wrap=True, overflow="ellipsis")
+
+
+def _wrapped(text: str, width: int, most: int, style: str) -> Iterator[Text]:
+    """The text on as many lines as it needs, and the last of those that there may be cut."""
+    lines = textwrap.wrap(_text(text).plain, width, max_lines=most, placeholder="…")
+    return (_text(line, style) for line in lines)
 
 
 class _Cut:

@@ -86,7 +86,7 @@ class _Top:
         if not self._fleet.known:
             raise Fatal(str(self._fleet.error))
         width = None if self._console.is_terminal else shutil.get_terminal_size((_WIDTH, 0)).columns
-        self._console.print(picture(self._fleet, title=self._title), width=width)
+        self._console.print(picture(self._fleet, width=width, title=self._title), width=width)
 
     async def run(self) -> None:
         """Show it until somebody leaves. However it ends, the terminal is as it was."""
@@ -114,6 +114,7 @@ class _Top:
         return picture(
             self._fleet,
             height=self._console.height,
+            width=self._console.width,
             selected=self._selected,
             events=tuple(self._recently.lines),
             note=self._note,

@@ -174,9 +174,27 @@ class Terminal:
             assert left > 0, f"{pattern!r} does not show behind {self.text[: self._at]!r}: {self.text[self._at :]!r}"
             self._take(min(left, 0.2))
 
+    def next_frame(self, end: float) -> bool:
+        """Wait for a frame that was not there yet, of a program that draws the screen again and again; False: too long.
+
+        What was printed meanwhile is taken first: who looks at each frame in turn falls behind on a slow machine.
+        """
+        before = self.frames
+        while self.frames == before:
+            if (left := end - time.monotonic()) <= 0:
+                return False
+            self._take(min(left, 0.2))
+        return True
+
     def _take(self, timeout: float) -> None:
-        if select.select([self._master], [], [], timeout)[0]:
+        while select.select([self._master], [], [], timeout)[0]:
             self._raw += os.read(self._master, 65536).decode(errors="replace")
+            timeout = 0.0
+
+    @property
+    def frames(self) -> int:
+        """How many frames have begun."""
+        return self._raw.count("\x1b[H")
 
     @property
     def text(self) -> str:
@@ -202,7 +220,7 @@ class Terminal:
     @property
     def screen(self) -> list[str]:
         """The lines of the last whole frame of a program that draws the screen again and again."""
-        return ["", *self.text.split("\x1b[H")][-2].splitlines()
+        return _COLOUR.sub("", ["", *self._raw.rsplit("\x1b[H", 2)][-2]).splitlines()
 
     def end(self) -> None:
         if self.process.poll() is None:

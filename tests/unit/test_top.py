@@ -28,7 +28,7 @@ def turn(name: str, tokens: int, seconds: float, *, attempt: int = 1, stopping: 
 
 def lines(fleet: Fleet, *, width: int = 80, height: int | None = 24, **more: object) -> list[str]:
     out = io.StringIO()
-    Console(file=out, width=width, height=height or 1000).print(picture(fleet, height=height, **more))
+    Console(file=out, width=width, height=height or 1000).print(picture(fleet, height=height, width=width, **more))
     return [line.rstrip() for line in out.getvalue().splitlines()]
 
 
@@ -226,6 +226,20 @@ def test_an_error_is_a_line_and_the_rest_stays() -> None:
     assert cells(shown, "w")
     fleet.sample(2.0, [worker("w")], [])
     assert "the broker is away" not in lines(fleet)
+
+
+@pytest.mark.parametrize("height", [14, 24, None])
+def test_a_long_error_goes_on_in_the_next_line(height: int | None) -> None:
+    fleet = Fleet()
+    fleet.sample(0.0, [worker("w")], [])
+    fleet.failed(
+        1.0, "$JS.API.CONSUMER.LIST.AGENTRUN_team_0 at nats://10.0.0.1:4222: no connection to the server\n" * 20
+    )
+    shown = [line for line in lines(fleet, height=height) if line.startswith(("$JS", "connection", "no connection"))]
+    assert len(lines(fleet, height=height)) <= (height or 24)
+    assert all(len(line) <= 80 for line in shown)
+    assert "10.0.0.1" in shown[0]
+    assert len(shown) == (1 if height == 14 else 2)
 
 
 @pytest.mark.parametrize("error", [None, "the broker is away"])
