@@ -10,6 +10,7 @@ from tests.brokers.nats_environment import NatsEnvironments
 from tests.brokers.valkey_environment import ValkeyEnvironments
 
 _GROUPS = {
+    "commands": ("tests/e2e/test_cli", "tests/e2e/test_promises", "tests/e2e/test_everywhere"),
     "processes": ("tests/e2e",),
     "bench": ("tests/bench", "tests/docs", "tests/brokers/test_nats_cluster.py"),
     "browser": ("tests/browser", "tests/gateway/test_npm"),
@@ -22,9 +23,9 @@ _GROUPS = {
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Tests that start processes of their own run one after the other, beside the others: the cores are few."""
     for item in items:
-        for group, places in _GROUPS.items():
-            if item.nodeid.startswith(places):
-                item.add_marker(pytest.mark.xdist_group(group))
+        found = (group for group, places in _GROUPS.items() if item.nodeid.startswith(places))
+        if (group := next(found, None)) is not None:
+            item.add_marker(pytest.mark.xdist_group(group))
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:

@@ -5,7 +5,10 @@ from __future__ import annotations
 import gc
 import ipaddress
 import os
+import socket
 import sys
+from collections.abc import AsyncGenerator
+from contextlib import asynccontextmanager
 from pathlib import Path
 
 import anyio
@@ -74,6 +77,7 @@ async def gateway(
         raise Fatal(f"cannot listen on {host}:{port}: {error.strerror or error}") from error
     address = f"http://{host if ':' not in host else f'[{host}]'}:{sockets[0].getsockname()[1]}"
     async with (
+        _closed(sockets),
         seen_as("agentrun-gateway"),
         Gateway(url, auth=auth, namespace=app.namespace, settings=settings) as served,
         anyio.create_task_group() as group,
@@ -85,6 +89,16 @@ async def gateway(
         click.echo(f"gateway on {address}" + (", open to everybody on this machine" if insecure else ""))
         await serve(served, sockets, drain=served.drain, max_message=settings.max_body)
         group.cancel_scope.cancel()
+
+
+@asynccontextmanager
+async def _closed(sockets: list[socket.socket]) -> AsyncGenerator[None]:
+    """Close what listens, also where it is never served."""
+    try:
+        yield
+    finally:
+        for listener in sockets:
+            listener.close()
 
 
 def _keys(secret_file: Path | None, public_keys: tuple[Path, ...], jwks: str | None) -> list[Keys]:

@@ -25,6 +25,8 @@ log = logging.getLogger("agentrun.access")
 
 _GRACE = 10
 """Seconds responses get to end after SIGTERM; streams need none of them."""
+_LAST_WORD = 1.0
+"""Seconds WebSockets get to say where they stopped, before the server closes them without a word."""
 _BACKLOG = 2048
 _MESSAGE = 16 << 20
 _PING = 20.0
@@ -84,15 +86,17 @@ async def serve(
 
     A second signal breaks off what has not. A WebSocket's message has ``max_message`` bytes at most.
     """
-    server = _server(app, max_message)
+    websockets = _WebSockets(app)
+    server = _server(websockets, max_message)
 
     async def stop(*, task_status: TaskStatus[None]) -> None:
         with anyio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as received:
             task_status.started()
             async for _ in received:
                 server.force_exit = server.should_exit
-                server.should_exit = True
                 drain()
+                await websockets.ended()
+                server.should_exit = True
 
     async with anyio.create_task_group() as group:
         await group.start(stop)
@@ -112,7 +116,8 @@ async def serving(
     """Serve while the context is open, and give the address; for tests and notebooks. ``drain``: see `serve`."""
     sockets = bind(host, port, send_timeout=30.0)
     port = sockets[0].getsockname()[1]
-    server = _server(app)
+    websockets = _WebSockets(app)
+    server = _server(websockets)
     async with anyio.create_task_group() as group:
         group.start_soon(_run, server, sockets)
         with anyio.fail_after(30):
@@ -121,9 +126,35 @@ async def serving(
         try:
             yield f"http://{host}:{port}"
         finally:
-            server.should_exit = True
             if drain is not None:
                 drain()
+                with anyio.CancelScope(shield=True):
+                    await websockets.ended()
+            server.should_exit = True
+
+
+class _WebSockets:
+    """Counts the WebSockets that are open."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+        self._open = 0
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "websocket":
+            await self._app(scope, receive, send)
+            return
+        self._open += 1
+        try:
+            await self._app(scope, receive, send)
+        finally:
+            self._open -= 1
+
+    async def ended(self) -> None:
+        """Wait until none is open, but not for long: one that reads nothing is not told by itself."""
+        with anyio.move_on_after(_LAST_WORD):
+            while self._open:  # noqa: ASYNC110 - for a moment, when all ends
+                await anyio.sleep(0.01)
 
 
 class _OnPurpose(logging.Filter):

@@ -14,6 +14,7 @@ import threading
 import time
 import uuid
 from collections.abc import Awaitable, Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -38,7 +39,7 @@ def environment(url: str, namespace: str, more: Mapping[str, str] | None = None)
 
     Without a URL it is left to the command where its broker is.
     """
-    meant = ("NO_COLOR", "FORCE_COLOR", "PYTHONDONTWRITEBYTECODE")
+    meant = ("NO_COLOR", "FORCE_COLOR", "PYTHONDONTWRITEBYTECODE", "COLUMNS", "LINES")
     kept = {key: value for key, value in os.environ.items() if not key.startswith("AGENTRUN_") and key not in meant}
     ours = {"AGENTRUN_NAMESPACE": namespace, "PYTHONUNBUFFERED": "1", "TERM": "xterm"}
     where = {"AGENTRUN_URL": url} if url else {}
@@ -275,10 +276,10 @@ class Cli:
         assert code is None or result.code == code, result
         return result
 
-    def within(self, *arguments: object, code: int = 0) -> Result:
+    def within(self, *arguments: object, code: int = 0, env: Mapping[str, str] | None = None) -> Result:
         """Run a command to its end within this process."""
         where = {"AGENTRUN_URL": self.url, "AGENTRUN_NAMESPACE": self.namespace}
-        return within(*arguments, code=code, env=where)
+        return within(*arguments, code=code, env={**where, **(env or {})})
 
     def worker(
         self, name: str, *flags: object, agent: str = "workers.echo:echo", env: dict[str, str] | None = None
@@ -300,6 +301,16 @@ class Cli:
     def send(self, session: str, text: str, id: str, **more: Any) -> None:
         """Send a turn with the library's client: what a test needs before it begins."""
         self.ask(lambda client: client.session(session, agent="echo").send(text, id=id, **more))
+
+    def ended(self, session: str, text: str, id: str, **more: Any) -> None:
+        """Send a turn, and wait for its end, whichever that is."""
+
+        async def run(client: Client) -> None:
+            turn = await client.session(session, agent="echo").send(text, id=id, **more)
+            with suppress(agentrun.TurnFailed):
+                await turn.result(PATIENCE)
+
+        self.ask(run)
 
     def log(self, session: str, after: int = 0) -> list[Event]:
         """The session's events as they are stored now."""

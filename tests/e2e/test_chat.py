@@ -33,7 +33,7 @@ def test_a_line_is_sent_and_its_answer_streams(shared: Cli, session: str) -> Non
     chat.type("\x15\x04")
     assert chat.wait() == 0
     assert chat.restored
-    states = [turn["state"] for turn in shared.run("history", session, "--json").json["turns"]]
+    states = [turn["state"] for turn in shared.within("history", session, "--json").json["turns"]]
     assert states == ["completed", "completed"]
 
 
@@ -84,16 +84,16 @@ def test_questions_are_asked_and_answered_inline(shared: Cli, session: str) -> N
     chat.until(PROMPT)
     chat.type("approve 3 1\r")
     chat.until("answer› $")
-    view = shared.run("history", session, "--json").json["turns"][-1]
-    shared.run("answer", session, view["turn"], "no", "--user", "bob")
+    view = shared.within("history", session, "--json").json["turns"][-1]
+    shared.within("answer", session, view["turn"], "no", "--user", "bob")
     chat.until("answered by bob: false")
     chat.until("left undone")
     chat.until(PROMPT)
 
 
 def test_who_joins_sees_what_was_said_and_what_others_say(shared: Cli, session: str) -> None:
-    shared.run("send", session, "said before")
-    shared.run("send", session, "count 40 50", "--no-follow", "--user", "bob")
+    shared.ended(session, "said before", "before")
+    shared.send(session, "count 40 50", "counts", user="bob")
     shared.events_until(session, "text.delta", 4)
     chat = shared.terminal("chat", session)
     chat.until("› said before\r\nsaid before\r\n")
@@ -101,7 +101,7 @@ def test_who_joins_sees_what_was_said_and_what_others_say(shared: Cli, session: 
     shown = "".join(chat.until(f"w{i} ")[0] for i in range(40))
     assert shown == "".join(f"w{i} " for i in range(40))
     chat.until(PROMPT)
-    shared.run("send", session, "from elsewhere", "--user", "bob")
+    shared.ended(session, "from elsewhere", "elsewhere", user="bob")
     chat.until("bob› from elsewhere\r\nfrom elsewhere")
     chat.until(PROMPT)
 

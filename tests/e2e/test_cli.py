@@ -118,9 +118,9 @@ def test_cancel_from_another_process_gives_a_receipt(shared: Cli, session: str) 
     assert "stopped by ann: enough" in result.err
     last = shared.log(session)[-1]
     assert (last.type, last.offset) == ("turn.cancelled", receipt["offset"])
-    again = shared.run("cancel", session, "t1")
+    again = shared.within("cancel", session, "t1")
     assert again.out.startswith(f"already_ended at offset {receipt['offset']}, ")
-    assert shared.run("cancel", session, "t2", code=1).out.startswith("not_found")
+    assert shared.within("cancel", session, "t2", code=1).out.startswith("not_found")
 
 
 def test_cancel_of_a_session_stops_all_that_waits(cli: Cli, session: str) -> None:
@@ -128,7 +128,7 @@ def test_cancel_of_a_session_stops_all_that_waits(cli: Cli, session: str) -> Non
     for turn in ("t1", "t2", "t3"):
         cli.send(session, "count 1000 20", turn)
     cli.events_until(session, "text.delta", 2)
-    assert cli.run("cancel", session, "--json").json["status"] == "cancelled"
+    assert cli.within("cancel", session, "--json").json["status"] == "cancelled"
     turns = cli.run("history", session, "--json").json["turns"]
     assert [turn["state"] for turn in turns] == ["cancelled"] * 3
 
@@ -140,14 +140,14 @@ def test_answer_approves_and_refuses(shared: Cli, session: str) -> None:
     sending = shared.start("send", session, "approve 3 1", "--id", "t1")
     sending.until(r"agentrun answer \S+ t1 deploy", err=True)
     assert shared.run("answer", session, "t1", "maybe", code=1).err.startswith("agentrun: answer yes or no")
-    assert "deploy is answered" in shared.run("answer", session, "t1", "yes", "--user", "ann").out
+    assert "deploy is answered" in shared.within("answer", session, "t1", "yes", "--user", "ann").out
     assert sending.wait().out.split()[-1] == "w2"
 
     sending = shared.start("send", session, "approve 3 1", "--id", "t2")
     sending.until(r"agentrun answer \S+ t2 deploy", err=True)
-    shared.run("answer", session, "t2", "deploy", "no")
+    shared.within("answer", session, "t2", "deploy", "no")
     assert "left undone" in sending.wait().out
-    assert "answered" in shared.run("answer", session, "t2", "deploy", "yes", code=1).err
+    assert "answered" in shared.within("answer", session, "t2", "deploy", "yes", code=1).err
 
 
 # ------------------------------------------------------------------------------------------------------- looking
@@ -167,31 +167,31 @@ def test_status_tells_queues_workers_and_turns(shared: Cli, session: str) -> Non
     assert worker["load"] == [{"agent": "echo", "slots": 50, "running": 1}]
     assert (worker["uptime"] > 0, worker["version"]) == (True, version("agentrun"))
     assert found["dead"] == 0
-    shown = shared.run("status").out
+    shown = shared.within("status").out
     assert session in shown
     assert "1/50" in shown
-    shared.run("cancel", session)
+    shared.within("cancel", session)
 
 
 def test_history_shows_the_conversation(shared: Cli, session: str) -> None:
-    shared.run("send", session, "hello you")
-    shared.run("send", session, "fail", code=1)
-    shown = shared.run("history", session).out
+    shared.ended(session, "hello you", "t1")
+    shared.ended(session, "fail", "t2")
+    shown = shared.within("history", session).out
     assert shown.splitlines() == ["› hello you", "hello you", "› fail", "I fail. ", "■ failed: as you asked"]
-    found = shared.run("history", session, "--json").json
+    found = shared.within("history", session, "--json").json
     assert [turn["state"] for turn in found["turns"]] == ["completed", "failed"]
     assert found["messages"][0] == {"role": "user", "content": "hello you"}
     assert found["offset"] == shared.log(session)[-1].offset
 
 
 def test_replacing_send_leaves_the_first_answer_out(shared: Cli, session: str) -> None:
-    shared.run("send", session, "hello", "--id", "t1")
+    shared.ended(session, "hello", "t1")
     shared.run("send", session, "hello again", "--id", "t2", "--replaces", "t1")
-    assert shared.run("history", session).out.splitlines() == [
+    assert shared.within("history", session).out.splitlines() == [
         *("(replaced) › hello", "hello"),
         *("› hello again", "hello again"),
     ]
-    found = shared.run("history", session, "--json").json
+    found = shared.within("history", session, "--json").json
     assert [turn["replaced_by"] for turn in found["turns"]] == ["t2", None]
     assert [message["content"].strip() for message in found["messages"]] == ["hello again", "hello again"]
     assert "t2 to echo instead of t1: hello again" in shared.run("tail", session, "--no-follow").out
@@ -199,30 +199,30 @@ def test_replacing_send_leaves_the_first_answer_out(shared: Cli, session: str) -
 
 def test_sessions_are_listed_newest_first(cli: Cli) -> None:
     assert cli.run("sessions").out == "none\n"
-    for name in ("a", "b", "c", "a"):
-        cli.run("send", name, "hi", "--agent", "echo", "--no-follow")
-    found = cli.run("sessions", "--json").json
+    for n, name in enumerate(("a", "b", "c", "a")):
+        cli.send(name, "hi", f"t{n}")
+    found = cli.within("sessions", "--json").json
     assert found["namespace"] == cli.namespace
     assert [(s["session"], s["offset"], s["busy"]) for s in found["sessions"]] == [
         *(("a", 2, True), ("c", 1, True), ("b", 1, True)),
     ]
     assert found["sessions"][0]["time"] == cli.log("a")[-1].time
     cli.worker("w")
-    cli.run("send", "b", "hi")
+    cli.ended("b", "hi", "t4")
     for name, turns in (("a", 2), ("c", 1)):
         cli.events_until(name, "turn.completed", turns)
-    cli.run("send", "b", "hi")
-    assert not any(s["busy"] for s in cli.run("sessions", "--json").json["sessions"])
-    shown = cli.run("sessions", "--limit", "1").out.splitlines()
+    cli.ended("b", "hi", "t5")
+    assert not any(s["busy"] for s in cli.within("sessions", "--json").json["sessions"])
+    shown = cli.within("sessions", "--limit", "1").out.splitlines()
     assert [line.split()[0] for line in shown] == ["session", "b"]
 
 
 def test_delete_wants_to_be_sure(shared: Cli, session: str) -> None:
-    shared.run("send", session, "hello")
+    shared.ended(session, "hello", "t1")
     assert "--yes" in shared.run("delete", session, code=2).err
-    shared.run("delete", session, "--yes")
+    shared.within("delete", session, "--yes")
     assert shared.run("tail", session, "--no-follow").out == ""
-    assert "no turns" in shared.run("history", session, code=1).err
+    assert "no turns" in shared.within("history", session, code=1).err
 
 
 # ------------------------------------------------------------------------------------------------------- workers
@@ -294,8 +294,8 @@ def test_every_option_is_an_environment_variable(broker: str, session: str) -> N
         found = cli.run("status", env={"AGENTRUN_JSON": "1"}).json
         assert (found["workers"][0]["slots"], found["agents"][0]["lease_ttl"]) == (7, 3.0)
         cli.run("send", session, "hi", env={"AGENTRUN_AGENT": "echo"})
-        assert "hi" in cli.run("history", env={"AGENTRUN_SESSION": session}).out
-        elsewhere = cli.run("history", session, "--namespace", "elsewhere", code=1)
+        assert "hi" in cli.within("history", env={"AGENTRUN_SESSION": session}).out
+        elsewhere = cli.within("history", session, "--namespace", "elsewhere", code=1)
         assert "elsewhere" in elsewhere.err, "an option after the command wins over the environment"
     finally:
         cli.end()
@@ -314,16 +314,16 @@ def test_every_option_is_an_environment_variable(broker: str, session: str) -> N
     ],
 )
 def test_an_agent_that_cannot_be_had_is_told_in_a_line(shared: Cli, spec: str, says: str) -> None:
-    assert says in one_line(shared.run("worker", spec, code=2).err)
+    assert says in one_line(shared.within("worker", spec, code=2).err)
 
 
 def test_errors_are_a_line_that_says_what_to_do(shared: Cli, session: str) -> None:
     unreachable = shared.start("send", session, "hi", "--agent", "echo", "--url", "nats://127.0.0.1:1")
-    not_set_up = shared.run("status", "--namespace", "nothing-here", code=1)
+    not_set_up = shared.within("status", "--namespace", "nothing-here", code=1)
     assert "agentrun setup" in one_line(not_set_up.err)
-    assert "session's id" in one_line(shared.run("tail", "no/such id", code=1).err)
-    assert "turn's id" in one_line(shared.run("send", session, "hi", "--id", "a b", code=1).err)
-    assert "no turn t9" in one_line(shared.run("answer", session, "t9", "yes", code=1).err)
+    assert "session's id" in one_line(shared.within("tail", "no/such id", code=1).err)
+    assert "turn's id" in one_line(shared.within("send", session, "hi", "--id", "a b", code=1).err)
+    assert "no turn t9" in one_line(shared.within("answer", session, "t9", "yes", code=1).err)
     beyond = shared.run("tail", session, "--after", "7", code=1)
     assert "after=0" in one_line(beyond.err)
     result = unreachable.wait()
@@ -332,7 +332,7 @@ def test_errors_are_a_line_that_says_what_to_do(shared: Cli, session: str) -> No
 
 
 def test_two_agents_leave_send_with_a_question(cli: Cli, session: str) -> None:
-    nobody = cli.run("send", session, "hi", code=2)
+    nobody = cli.within("send", session, "hi", code=2)
     assert "--agent" in one_line(nobody.err)
 
 
@@ -341,9 +341,9 @@ def test_setup_says_what_it_does(broker: str) -> None:
     try:
         dry = cli.run("setup", "--dry-run", "--partitions", "2").out
         assert dry.count("would create stream") == 2
-        assert cli.run("setup", "--partitions", "2", "--delta-ttl", "2h", "--json").json["dry_run"] is False
-        assert "nothing to do" in cli.run("setup").out
-        assert "partitions" in one_line(cli.run("setup", "--partitions", "3", code=1).err)
+        assert cli.within("setup", "--partitions", "2", "--delta-ttl", "2h", "--json").json["dry_run"] is False
+        assert "nothing to do" in cli.within("setup").out
+        assert "partitions" in one_line(cli.within("setup", "--partitions", "3", code=1).err)
     finally:
         cli.end()
 

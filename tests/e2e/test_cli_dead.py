@@ -16,21 +16,21 @@ GIVES_UP = ("--max-attempts", "1")
 
 
 def listed(cli: Cli, *flags: object) -> list[tuple[str, str]]:
-    return [(entry["session"], entry["turn"]) for entry in cli.run("dead", "list", "--json", *flags).json["dead"]]
+    return [(entry["session"], entry["turn"]) for entry in cli.within("dead", "list", "--json", *flags).json["dead"]]
 
 
 def give_up(cli: Cli, session: str, turn: str) -> None:
     """A turn whose only attempt fails: this agent asks for another."""
-    assert cli.run("send", session, "retry 0", "--id", turn, "--agent", "echo", code=1).err
+    cli.ended(session, "retry 0", turn)
 
 
 def test_what_gave_up_is_listed_with_its_reason(cli: Cli) -> None:
-    assert cli.run("dead", "list").out == "none\n"
+    assert cli.within("dead", "list").out == "none\n"
     cli.worker("w", *GIVES_UP)
     give_up(cli, "a", "t1")
-    cli.run("send", "a", "fail", code=1)
-    cli.run("send", "b", "hello")
-    found = cli.run("dead", "list", "--json").json
+    cli.ended("a", "fail", "t2")
+    cli.ended("b", "hello", "t1")
+    found = cli.within("dead", "list", "--json").json
     assert found["namespace"] == cli.namespace
     (entry,) = found["dead"]
     assert list(entry) == ["session", "turn", "agent", "offset", "code", "message", "attempts", "time"]
@@ -38,23 +38,23 @@ def test_what_gave_up_is_listed_with_its_reason(cli: Cli) -> None:
     assert (entry["code"], entry["attempts"]) == ("retry", 1)
     assert entry["message"].startswith("gave up after 1 attempts: ")
     assert time.time() - 60 < entry["time"] < time.time() + 5
-    assert cli.run("status", "--json").json["dead"] == 1
-    assert cli.run("status").out.endswith("1 gave up, see agentrun dead list\n")
-    shown = cli.run("dead", "list").out.splitlines()
+    assert cli.within("status", "--json").json["dead"] == 1
+    assert cli.within("status").out.endswith("1 gave up, see agentrun dead list\n")
+    shown = cli.within("dead", "list").out.splitlines()
     assert shown[0].split()[:3] == ["session", "turn", "agent"]
     assert shown[1].split()[:3] == ["a", "t1", "echo"]
     assert "gave up after 1 attempts" in shown[1]
-    assert [s["session"] for s in cli.run("sessions", "--json").json["sessions"]] == ["b", "a"]
+    assert [s["session"] for s in cli.within("sessions", "--json").json["sessions"]] == ["b", "a"]
 
 
 def test_limit_says_that_there_is_more(cli: Cli) -> None:
     cli.worker("w", *GIVES_UP)
     for n in range(3):
         give_up(cli, f"s{n}", "t")
-    result = cli.run("dead", "list", "--limit", "2", "--json")
+    result = cli.within("dead", "list", "--limit", "2", "--json")
     assert [entry["session"] for entry in result.json["dead"]] == ["s0", "s1"]
     assert "more than 2" in result.err
-    assert cli.run("dead", "list", "--limit", "3").err == ""
+    assert cli.within("dead", "list", "--limit", "3").err == ""
     assert listed(cli, "--agent", "other") == []
 
 
@@ -63,14 +63,14 @@ def test_retry_sends_again_and_a_second_retry_finds_nothing(cli: Cli) -> None:
     give_up(cli, "a", "t1")
     worker.signal(15)
     worker.wait()
-    assert cli.run("dead", "retry", "a", "t1").out == "turn t1 of session a is sent again as t1-retry1\n"
+    assert cli.within("dead", "retry", "a", "t1").out == "turn t1 of session a is sent again as t1-retry1\n"
     assert listed(cli) == []
-    again = cli.run("dead", "retry", "a", "t1", code=1)
+    again = cli.within("dead", "retry", "a", "t1", code=1)
     assert again.err == "agentrun: turn t1 of session a is not among those that gave up (agentrun dead list)\n"
     # "retry" asks for another attempt only once: with two it ends well.
     cli.worker("patient")
     assert cli.result("a", "t1-retry1").text
-    assert cli.run("history", "a").out.startswith("(replaced) › retry 0\n")
+    assert cli.within("history", "a").out.startswith("(replaced) › retry 0\n")
     assert [event.turn for event in cli.log("a") if event.type == "turn.requested"] == ["t1", "t1-retry1"]
 
 
@@ -82,15 +82,15 @@ def test_retry_all_of_one_agent_and_what_cannot_be_sent(cli: Cli) -> None:
     for n in range(20):
         cli.events_until(f"s{n}", "turn.failed")
     cli.events_until("j", "input.rejected")
-    result = cli.run("dead", "retry", "--all", "--agent", "echo", code=1)
+    result = cli.within("dead", "retry", "--all", "--agent", "echo", code=1)
     assert {line.split()[4] for line in result.out.splitlines()} == {f"s{n}" for n in range(20)}
     assert result.err == "agentrun: the input at offset 1 of session j is no turn: it can be dropped\n"
     for n in range(20):
         cli.events_until(f"s{n}", "turn.failed", 2)
     assert set(listed(cli, "--limit", "100")) == {("j", "@1"), *((f"s{n}", "t-retry1") for n in range(20))}
-    assert cli.run("dead", "drop", "j", "@1").out == "1 dropped\n"
-    assert cli.run("dead", "drop", "--all").out == "20 dropped\n"
-    assert cli.run("dead", "drop", "--all").out == "0 dropped\n"
+    assert cli.within("dead", "drop", "j", "@1").out == "1 dropped\n"
+    assert cli.within("dead", "drop", "--all").out == "20 dropped\n"
+    assert cli.within("dead", "drop", "--all").out == "0 dropped\n"
     assert listed(cli) == []
 
 
@@ -107,7 +107,7 @@ def junk(cli: Cli, session: str) -> None:
 def test_which_ones_must_be_said(cli: Cli) -> None:
     for arguments in ((), ("a",), ("a", "t", "--all"), ("a", "--all"), ("a", "t", "--agent", "x")):
         for action in ("retry", "drop"):
-            result = cli.run("dead", action, *arguments, code=2)
+            result = cli.within("dead", action, *arguments, code=2)
             assert result.err.count("\n") == 1
             assert result.err.startswith("agentrun: ")
 

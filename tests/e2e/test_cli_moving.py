@@ -22,7 +22,7 @@ from tests.e2e.processes import Cli, new_cli, on
 def file(tmp_path: Path) -> Iterator[Cli]:
     """A broker in a file."""
     cli = Cli(f"sqlite:///{tmp_path}/dev.db", "default")
-    cli.run("setup")
+    cli.within("setup")
     try:
         yield cli
     finally:
@@ -32,7 +32,7 @@ def file(tmp_path: Path) -> Iterator[Cli]:
 @on("nats", "valkey")
 def test_a_namespace_moves_into_a_file_and_back(cli: Cli, file: Cli) -> None:
     worker = cli.worker("w", "--ask-hold", "0.1")
-    cli.run("send", "a", "hello you", "--id", "t1")
+    cli.ended("a", "hello you", "t1")
     cli.send("b", "approve 3 1", "t2")
     cli.events_until("b", "turn.suspended")
     worker.signal(signal.SIGTERM)
@@ -50,10 +50,11 @@ def test_a_namespace_moves_into_a_file_and_back(cli: Cli, file: Cli) -> None:
 
     file.worker("f")
     assert file.result("c", "t3").text == "hello later"
-    file.run("answer", "b", "t2", "yes")
+    file.within("answer", "b", "t2", "yes")
     assert file.result("b", "t2").text.split()[-1] == "w2"
-    assert file.run("history", "a").out == cli.run("history", "a").out
-    assert file.run("send", "a", "and on", "--id", "t4").out.strip() == "and on"
+    assert file.within("history", "a").out == cli.within("history", "a").out
+    file.ended("a", "and on", "t4")
+    assert file.result("a", "t4").text.strip() == "and on"
 
     back = new_cli(cli.url)
     try:
@@ -67,7 +68,7 @@ def test_a_namespace_moves_into_a_file_and_back(cli: Cli, file: Cli) -> None:
 
 def test_what_runs_stays_unless_forced(cli: Cli, file: Cli) -> None:
     worker = cli.worker("w")
-    cli.run("send", "idle", "hello")
+    cli.ended("idle", "hello", "t1")
     cli.send("s", "count 1000 20", "t1")
     cli.events_until("s", "text.delta", 3)
     refused = cli.run("export", "--all", code=1)
@@ -81,13 +82,13 @@ def test_what_runs_stays_unless_forced(cli: Cli, file: Cli) -> None:
     assert file.log("s")[-1].type == "turn.lost"
     file.worker("f")
     file.events_until("s", "turn.started", 2)
-    assert file.run("cancel", "s", "t1").out.startswith("cancelled")
+    assert file.within("cancel", "s", "t1").out.startswith("cancelled")
 
 
 def test_what_cannot_be_done_is_a_line(cli: Cli, file: Cli) -> None:
-    assert "--all" in cli.run("export", code=2).err
-    assert "--all" in cli.run("export", "s", "--all", code=2).err
-    assert "session no has no records" in cli.run("export", "no", code=1).err
+    assert "--all" in cli.within("export", code=2).err
+    assert "--all" in cli.within("export", "s", "--all", code=2).err
+    assert "session no has no records" in cli.within("export", "no", code=1).err
     cut = '{"line":"session","session":"s","end":2,"time":1.0}\n'
     bad = file.run("import", stdin=cut, code=1).err
     assert bad.startswith("agentrun: line 2: session s ends at offset 2, and its lines at 0")

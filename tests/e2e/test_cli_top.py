@@ -61,7 +61,7 @@ def test_a_turn_is_found_and_stopped_with_a_key(turns: Cli) -> None:
     assert top.wait() == 0
     assert top.restored
     assert turns.events_until("first", "text.delta")[-1].turn == "t1"
-    turns.run("cancel", "first")
+    turns.within("cancel", "first")
 
 
 def test_what_is_said_is_shown_only_when_asked(turns: Cli) -> None:
@@ -82,7 +82,7 @@ def test_what_is_said_is_shown_only_when_asked(turns: Cli) -> None:
     top.type("q")
     assert top.wait() == 0
     for session in ("first", "second"):
-        turns.run("cancel", session)
+        turns.within("cancel", session)
 
 
 def test_the_screen_follows_the_terminals_size(turns: Cli) -> None:
@@ -94,7 +94,7 @@ def test_the_screen_follows_the_terminals_size(turns: Cli) -> None:
     assert top.wait() == 0
     assert top.restored
     for session in ("first", "second"):
-        turns.run("cancel", session)
+        turns.within("cancel", session)
 
 
 def test_ctrl_c_leaves_the_terminal_as_it_was(cli: Cli) -> None:
@@ -145,4 +145,4 @@ def test_without_a_terminal_it_is_shown_once(turns: Cli) -> None:
     assert "t1" in shown
     assert "\x1b" not in shown
     for session in ("first", "second"):
-        turns.run("cancel", session)
+        turns.within("cancel", session)

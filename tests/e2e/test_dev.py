@@ -26,13 +26,13 @@ def test_dev_starts_restarts_and_stops_cleanly(session: str, tmp_path: Path) -> 
         cli.url = dev.until(r"server +(nats://\S+?),")[1]
         dev.until("dev-1 runs echo")
         dev.until("dev-2 runs echo")
-        workers = cli.run("status", "--json").json["workers"]
+        workers = cli.within("status", "--json").json["workers"]
         assert [w["worker"] for w in workers] == ["dev-1", "dev-2"]
         os.kill(workers[0]["pid"], signal.SIGKILL)
         dev.until(r"dev-1 \| died of signal 9.*started again")
         assert cli.run("send", session, "hello").out.strip() == "hello"
         dev.until(r"(?s)started again.*dev-1 runs echo")
-        pids = [w["pid"] for w in cli.run("status", "--json").json["workers"]]
+        pids = [w["pid"] for w in cli.within("status", "--json").json["workers"]]
         dev.signal(signal.SIGINT)
         result = dev.wait()
         assert result.code == 0, result
@@ -109,7 +109,7 @@ def test_dev_that_is_killed_leaves_nothing() -> None:
         dev = cli.start("dev", "--port", "0", "--http-port", "0", "--ephemeral", "--workers", "1")
         cli.url = dev.until(r"server +(nats://\S+?),")[1]
         dev.until("dev-1 runs echo")
-        (worker,) = cli.run("status", "--json").json["workers"]
+        (worker,) = cli.within("status", "--json").json["workers"]
         gateway = children(dev.process.pid)["gateway"]
         dev.signal(signal.SIGKILL)
         dev.process.wait()
@@ -163,7 +163,7 @@ def test_dev_uses_the_broker_that_a_url_names(broker: str, session: str) -> None
         assert cli.run("send", session, "hello").out.strip() == "hello"
         dev.signal(signal.SIGINT)
         assert dev.wait().out.endswith("stopped\n")
-        assert cli.run("history", session).out == "› hello\nhello\n"
+        assert cli.within("history", session).out == "› hello\nhello\n"
     finally:
         cli.end()
 

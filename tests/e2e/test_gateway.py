@@ -300,7 +300,7 @@ async def test_clients_that_take_nothing_cost_little_and_are_dropped(cli: Cli) -
 
 
 def test_without_keys_it_does_not_start(cli: Cli) -> None:
-    result = cli.run("gateway", "--port", "0", code=2)
+    result = cli.within("gateway", "--port", "0", code=2)
     assert "--secret-file" in result.err
     assert "--insecure" in result.err
     assert len(result.err.splitlines()) == 1
@@ -308,13 +308,13 @@ def test_without_keys_it_does_not_start(cli: Cli) -> None:
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.0.2.1", "example.org"])
 def test_open_to_everybody_only_on_this_machine(cli: Cli, host: str) -> None:
-    result = cli.run("gateway", "--insecure", "--host", host, code=2)
+    result = cli.within("gateway", "--insecure", "--host", host, code=2)
     assert "loopback" in result.err
     assert len(result.err.splitlines()) == 1
 
 
 def test_keys_and_none_contradict(cli: Cli) -> None:
-    result = cli.run("gateway", "--insecure", "--port", "0", code=2, env={"AGENTRUN_GATEWAY_SECRET": SECRET})
+    result = cli.within("gateway", "--insecure", "--port", "0", code=2, env={"AGENTRUN_GATEWAY_SECRET": SECRET})
     assert "contradict" in result.err
 
 
@@ -323,14 +323,14 @@ def test_a_port_in_use_is_said(cli: Cli) -> None:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = taken.getsockname()[1]
-        result = cli.run("gateway", "--insecure", "--port", port, code=1)
+        result = cli.within("gateway", "--insecure", "--port", port, code=1)
     assert f"cannot listen on 127.0.0.1:{port}" in result.err
     assert "in use" in result.err
     assert len(result.err.splitlines()) == 1
 
 
 def test_a_broker_that_is_not_there_is_said(cli: Cli) -> None:
-    result = cli.run("gateway", "--insecure", "--port", "0", "--url", "nats://127.0.0.1:9", code=1)
+    result = cli.within("gateway", "--insecure", "--port", "0", "--url", "nats://127.0.0.1:9", code=1)
     assert "127.0.0.1:9" in result.err
     assert "Traceback" not in result.err
 

@@ -82,19 +82,19 @@ def test_p2_one_turn_at_a_time_in_the_order_sent(cli: Cli, session: str) -> None
 @on("nats", "valkey")
 def test_p3_one_terminal_event_per_turn(cli: Cli, session: str) -> None:
     first = cli.worker("first")
-    cli.run("send", session, "hello", "--id", "completes")
-    cli.run("send", session, "fail", "--id", "fails", code=1)
+    cli.ended(session, "hello", "completes")
+    cli.ended(session, "fail", "fails")
     cli.send(session, "count 120 50", "moves")
     cli.send(session, "hello", "stopped-waiting")
     cli.send(session, "hello", "expires", deadline=1.0)
     cli.send(session, "count 1000 20", "stopped-running")
-    assert cli.run("cancel", session, "stopped-waiting", "--json").json["status"] == "cancelled"
+    assert cli.within("cancel", session, "stopped-waiting", "--json").json["status"] == "cancelled"
     first.signal(signal.SIGKILL)
     cli.worker("second")
     while cli.log(session)[-1].turn != "stopped-running":
         time.sleep(0.1)
-    assert cli.run("cancel", session, "stopped-running", "--json").json["status"] == "cancelled"
-    states = {turn["turn"]: turn["state"] for turn in cli.run("history", session, "--json").json["turns"]}
+    assert cli.within("cancel", session, "stopped-running", "--json").json["status"] == "cancelled"
+    states = {turn["turn"]: turn["state"] for turn in cli.within("history", session, "--json").json["turns"]}
     assert states == {
         "completes": "completed",
         "fails": "failed",
@@ -121,7 +121,7 @@ def test_p4_no_zombie_writes(cli: Cli, session: str) -> None:
     assert attempts == sorted(attempts), "an attempt wrote after the next one had begun"
     assert attempts[-1] > 1
     zombie.until(r"turn t1, attempt 1: .*taken over at offset \d+", err=True)
-    assert [worker["running"] for worker in cli.run("status", "--json").json["workers"]] == [[], []]
+    assert [worker["running"] for worker in cli.within("status", "--json").json["workers"]] == [[], []]
     zombie.signal(signal.SIGTERM)
     assert zombie.wait(5).code == 0
 
@@ -130,19 +130,19 @@ def test_p4_no_zombie_writes(cli: Cli, session: str) -> None:
 def test_p5_stop_always_works(cli: Cli) -> None:
     # Waiting, with no worker there at all: stored, and obeyed by the next one.
     cli.send("waits", "count 1000 20", "t")
-    assert cli.run("cancel", "waits", "t", "--wait", "300ms", "--json", code=3).json["status"] == "pending"
+    assert cli.within("cancel", "waits", "t", "--wait", "300ms", "--json", code=3).json["status"] == "pending"
     first = cli.worker("first", "--ask-hold", "0.2")
-    assert cli.run("cancel", "waits", "t", "--json").json["status"] in ("cancelled", "already_ended")
+    assert cli.within("cancel", "waits", "t", "--json").json["status"] in ("cancelled", "already_ended")
 
     # Running, and in a cleanup that takes its time.
     cli.send("runs", "stubborn 300", "t")
     cli.events_until("runs", "text.delta", 3)
-    assert cli.run("cancel", "runs", "t", "--json").json["status"] == "cancelled"
+    assert cli.within("cancel", "runs", "t", "--json").json["status"] == "cancelled"
 
     # Suspended: no worker holds it.
     cli.send("asks", "approve 3 1", "t")
     cli.events_until("asks", "turn.suspended")
-    assert cli.run("cancel", "asks", "t", "--json").json["status"] == "cancelled"
+    assert cli.within("cancel", "asks", "t", "--json").json["status"] == "cancelled"
 
     # Between a worker that died and the next.
     cli.send("moves", "count 1000 20", "t")
@@ -156,20 +156,20 @@ def test_p5_stop_always_works(cli: Cli) -> None:
         events = cli.log(session)
         assert terminals(events) == {"t": 1}
         assert events[-1].type == "turn.cancelled"
-    again = cli.run("cancel", "moves", "t", "--json").json
+    again = cli.within("cancel", "moves", "t", "--json").json
     assert (again["status"], again["offset"]) == ("already_ended", events[-1].offset)
 
 
 def test_p6_sending_is_idempotent_and_atomic(shared: Cli, session: str) -> None:
     racing = [shared.start("send", session, "count 3 1", "--id", "t1", "--json", "--no-follow") for _ in range(4)]
     assert len({race.wait().out for race in racing}) == 1
-    assert "t1 was sent before" in shared.run("send", session, "something else", "--id", "t1", code=1).err
+    assert "t1 was sent before" in shared.within("send", session, "something else", "--id", "t1", code=1).err
     for ms in (300, 400, 500):
         dies = shared.start("send", session, "count 3 1", "--id", f"killed-after-{ms}")
         time.sleep(ms / 1000)
         dies.signal(signal.SIGKILL)
         dies.wait()
-        shared.run("send", session, "count 3 1", "--id", f"killed-after-{ms}")
+        shared.ended(session, "count 3 1", f"killed-after-{ms}")
     events = shared.log(session)
     requested = Counter(e.turn for e in events if isinstance(e.data, TurnRequested))
     assert set(requested.values()) == {1}

@@ -14,6 +14,11 @@ import anyio
 import httpx
 import pytest
 from fastapi import FastAPI
+from starlette.applications import Starlette
+from starlette.routing import WebSocketRoute
+from starlette.websockets import WebSocket
+from websockets.asyncio.client import connect
+from websockets.exceptions import ConnectionClosed
 
 from agentrun.brokers.memory import MemoryBroker
 from agentrun.client import Client
@@ -198,3 +203,33 @@ async def test_whoever_is_told_the_address_may_connect() -> None:
     (listener,) = bind("127.0.0.1", 0, send_timeout=1)
     with socket.create_connection(listener.getsockname()[:2], timeout=5):
         listener.close()
+
+
+async def test_a_websocket_says_where_it_stopped_before_the_server_closes_it() -> None:
+    drained = anyio.Event()
+
+    async def slow(socket: WebSocket) -> None:
+        await socket.accept()
+        await drained.wait()
+        await anyio.sleep(0.3)  # it has much to do
+        await socket.close(1012, "drain, after=4")
+
+    async with serving(Starlette(routes=[WebSocketRoute("/", slow)]), drain=drained.set) as url:
+        connection = await connect(url.replace("http", "ws"))
+    with pytest.raises(ConnectionClosed) as raised:
+        await connection.recv()
+    assert raised.value.rcvd is not None
+    assert (raised.value.rcvd.code, raised.value.rcvd.reason) == (1012, "drain, after=4")
+
+
+async def test_a_websocket_that_does_not_end_is_closed() -> None:
+    async def endless(socket: WebSocket) -> None:
+        await socket.accept()
+        await socket.receive()
+
+    async with serving(Starlette(routes=[WebSocketRoute("/", endless)]), drain=lambda: None) as url:
+        connection = await connect(url.replace("http", "ws"))
+    with pytest.raises(ConnectionClosed) as raised:
+        await connection.recv()
+    assert raised.value.rcvd is not None
+    assert raised.value.rcvd.code == 1012

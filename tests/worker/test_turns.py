@@ -132,10 +132,9 @@ async def test_agents_of_one_worker_have_slots_of_their_own(fleet: Fleet) -> Non
     first = await fleet.session("a", "stuck").send("x", id="t1")
     await fleet.until("turn.started", "a")
     assert (await (await fleet.session("b", "echo").send("hi")).result(5)).text == "hi "
-    await eventually(lambda: len(running.worker.info.running) == 1)
+    await eventually(lambda: running.worker.info.load == [AgentLoad("stuck", 1, 1), AgentLoad("echo", 1, 0)])
     (info,) = running.worker.info.running
     assert (info.session, info.turn, info.agent, info.attempt) == ("a", "t1", "stuck", 1)
-    assert running.worker.info.load == [AgentLoad("stuck", 1, 1), AgentLoad("echo", 1, 0)]
     release.set()
     await first.result(5)
 
