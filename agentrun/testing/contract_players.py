@@ -17,7 +17,7 @@ PROMPT = 1.0
 """Seconds within which "promptly" and "at once" must be, also on a busy machine."""
 QUIET = 0.25
 """Seconds for which a check watches that something does not happen."""
-PATIENCE = 30.0
+PATIENCE = 60.0
 """Seconds after which what must come counts as missing."""
 
 

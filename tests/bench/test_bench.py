@@ -20,7 +20,7 @@ def run(*arguments: str, env: dict[str, str] | None = None) -> subprocess.Comple
         [sys.executable, "-m", "agentrun", "bench", *arguments],
         capture_output=True,
         text=True,
-        timeout=55,
+        timeout=110,
         env={**os.environ, **(env or {})},
     )
 

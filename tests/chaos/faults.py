@@ -16,6 +16,9 @@ from tests.chaos.plan import SERVERS, Plan, Plans
 from tests.chaos.process import Process
 from tests.chaos.stage import LOAD, Stage
 
+_OVERTIME = 60.0
+"""Seconds past its time for which a run waits for what is to happen surely."""
+
 
 class Faults:
     """Breaks things on a stage. Whatever it breaks, somebody is left, or back within seconds.
@@ -64,21 +67,25 @@ class Faults:
         self._kinds = list(kinds or self._plans)
 
     async def run(self, until: float) -> None:
-        """Go on until then, on the monotonic clock; returns when what was broken last is mended."""
+        """Go on until then, on the monotonic clock; returns when what was broken last is mended.
+
+        What is to happen surely happens also later: on a slow machine each takes its time.
+        """
         weights = [self._plans[kind][0] for kind in self._kinds]
         async with anyio.create_task_group() as group:
-            while (left := until - time.monotonic()) > 0:
-                await anyio.sleep(min(self._dice.expovariate(1 / self._pace), left))
+            while (left := until - time.monotonic()) > (-_OVERTIME if self._surely else 0.0):
+                await anyio.sleep(min(self._dice.expovariate(1 / self._pace), max(left, 1.0)))
                 if self._surely:
-                    await self.apply(self._surely.pop(0))
+                    if await self.apply(self._surely[0]):
+                        del self._surely[0]
                 else:
                     group.start_soon(self.apply, self._dice.choices(self._kinds, weights)[0])
 
-    async def apply(self, kind: str) -> None:
-        """Do one fault of this kind, if there is something to do it to."""
+    async def apply(self, kind: str) -> bool:
+        """Do one fault of this kind, if there is something to do it to; whether it was done."""
         plan = self._plans[kind][1]()
         if plan is None or plan.target in self._busy:
-            return
+            return False
         self._busy.add(plan.target)
         for target in plan.lives or (plan.target,):
             self._book.note(Fault(kind=kind, target=target, seconds=round(plan.seconds, 3)))
@@ -87,8 +94,10 @@ class Faults:
         except AgentrunError as error:
             # Asked of a broker that is away at the moment.
             self._book.note(Fault(kind=f"{kind}: not done, {error}", target=plan.target))
+            return False
         finally:
             self._busy.discard(plan.target)
+        return True
 
     # ------------------------------------------------------------------------------------------------ processes
 

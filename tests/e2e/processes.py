@@ -37,7 +37,8 @@ _COLOUR = re.compile(r"\x1b\[([0-9;]*m|\?2004[hl])")
 def environment(url: str, namespace: str, more: Mapping[str, str] | None = None) -> dict[str, str]:
     """What a command is started with; nothing of what the tests themselves were started with matters to it.
 
-    Without a URL it is left to the command where its broker is.
+    Without a URL it is left to the command where its broker is. COLUMNS and LINES come from readline, which pytest
+    imports, also where there is no terminal.
     """
     meant = ("NO_COLOR", "FORCE_COLOR", "PYTHONDONTWRITEBYTECODE", "COLUMNS", "LINES")
     kept = {key: value for key, value in os.environ.items() if not key.startswith("AGENTRUN_") and key not in meant}

@@ -37,7 +37,7 @@ def table(output: str) -> dict[str, tuple[str, str]]:
 
 def test_the_demonstration_counts_what_it_shows() -> None:
     done = subprocess.run(
-        command("--speed", "5", "--http-port", "0"), capture_output=True, text=True, timeout=55, env=environment()
+        command("--speed", "5", "--http-port", "0"), capture_output=True, text=True, timeout=110, env=environment()
     )
     assert "(nats-server, process " in done.stdout
     assert done.returncode == 0, done.stdout + done.stderr
@@ -65,7 +65,7 @@ def test_on_a_broker_of_ones_own_it_keeps_to_its_namespace(broker: str) -> None:
         command("--speed", "5", "--http-port", "0"),
         capture_output=True,
         text=True,
-        timeout=55,
+        timeout=110,
         env=environment(AGENTRUN_URL=broker),
     )
     assert done.returncode == 0, done.stdout + done.stderr
