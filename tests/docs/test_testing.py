@@ -23,7 +23,8 @@ def test_the_test_files_pass(tmp_path: Path) -> None:
         (tmp_path / name).write_text(block)
     (tmp_path / "pytest.ini").write_text("[pytest]\nanyio_mode = auto\n")
     # It takes seconds, on a busy machine many: not to be counted to the turn that needs it first.
-    (tmp_path / "conftest.py").write_text("from agentrun.adapters.litellm import load\nload()\n")
+    with (tmp_path / "conftest.py").open("a") as conftest:
+        conftest.write("from agentrun.adapters.litellm import load\nload()\n")
     command = ["-m", "pytest", "-rA", "-q", "-p", "no:cacheprovider", *TESTS]
     done = subprocess.run(
         [sys.executable, *command],
