@@ -11,12 +11,13 @@ import msgspec
 from msgspec import Struct
 from opentelemetry import context, trace
 from opentelemetry.context import Context
-from opentelemetry.trace import Span, SpanKind, Status, StatusCode
+from opentelemetry.trace import SpanKind
 
 from agentrun import wire
 from agentrun.telemetry import Telemetry
 from agentrun.telemetry.context import at, carried, link_to, span_of
 from agentrun.telemetry.names import SAMPLE, Attr, Link, SpanEvent
+from agentrun.telemetry.spans import Told, lost
 
 __all__ = ["Facts", "Stopped", "Watch", "model_known", "settled", "turn_ended"]
 
@@ -90,17 +91,17 @@ class Watch:
         self._stopped = self._claimed = self._ended = False
         self._sender = span_of(facts.request.trace)
         self._span = _process(telemetry, facts, self._sender)
-        self._invoked: tuple[Span, int] | None = None
+        self._invoked: tuple[Told, int] | None = None
 
     @property
     def fields(self) -> dict[str, str]:
         """The attempt's trace fields, for its `TurnStarted`."""
-        return carried({}, trace.set_span_in_context(self._span, self._sender))
+        return carried({}, trace.set_span_in_context(self._span.span, self._sender))
 
     @property
     def active(self) -> bool:
         """Whether anybody looks: if not, there is no need to tell of each append."""
-        return self._metrics.enabled or self._span.is_recording()
+        return self._metrics.enabled or self._span.span.is_recording()
 
     def claimed(self) -> None:
         """Take note that the session is ours. An attempt that does not come to this is told to nobody."""
@@ -108,17 +109,17 @@ class Watch:
         self._claimed = True
         if facts.due is not None:
             wait = max(self._clock() - facts.due, 0.0)
-            self._span.set_attribute(Attr.QUEUE_WAIT, wait)
+            self._span.set({Attr.QUEUE_WAIT: wait})
             self._metrics.record("queue_wait", wait, self._agent)
         if facts.took_over:
-            self._span.add_event(SpanEvent.TAKEN_OVER)
+            self._span.event(SpanEvent.TAKEN_OVER)
             self._metrics.add("takeovers", self._agent)
 
     @contextmanager
     def current(self) -> Generator[None]:
         """The attempt as the current span, and as what is logged about."""
         facts = self._facts
-        token = context.attach(trace.set_span_in_context(self._span, self._sender))
+        token = context.attach(trace.set_span_in_context(self._span.span, self._sender))
         try:
             with at(facts.session, facts.request.turn, facts.attempt):
                 yield
@@ -136,18 +137,15 @@ class Watch:
             Attr.TURN: facts.request.turn,
         }
         if self._content:
-            attributes[Attr.INPUT_MESSAGES] = msgspec.json.encode(messages).decode()
-        span = self._telemetry.tracer.start_span(
-            f"invoke_agent {facts.request.agent}", attributes=attributes, kind=SpanKind.INTERNAL
-        )
-        token = context.attach(context.set_value(_INVOCATION, span, trace.set_span_in_context(span)))
+            attributes |= _content(Attr.INPUT_MESSAGES, messages)
+        span = self._telemetry.spans.begin(f"invoke_agent {facts.request.agent}", None, SpanKind.INTERNAL, attributes)
+        token = context.attach(context.set_value(_INVOCATION, span, trace.set_span_in_context(span.span)))
         try:
             yield
         except Exception as error:
-            span.set_attribute(Attr.ERROR_TYPE, getattr(error, "code", None) or type(error).__name__)
-            span.set_status(Status(StatusCode.ERROR))
+            span.failed(_kind_of(error))
             if self._content:
-                span.record_exception(error)
+                span.raised(error)
             raise
         finally:
             context.detach(token)
@@ -167,7 +165,7 @@ class Watch:
         self._last = time.monotonic()
         if not self._count:
             self._first, self._first_count = self._last, tokens
-            self._span.add_event(SpanEvent.FIRST_TOKEN)
+            self._span.event(SpanEvent.FIRST_TOKEN)
             if self._facts.attempt == 1:
                 self._metrics.record("first_token", self._clock() - self._facts.sent, self._agent)
         self._count += tokens
@@ -191,7 +189,7 @@ class Watch:
         if self._invoked is not None:
             span, when = self._invoked
             if said is not None:
-                span.set_attribute(Attr.OUTPUT_MESSAGES, msgspec.json.encode(said.parts).decode())
+                span.set(_content(Attr.OUTPUT_MESSAGES, said.parts))
             span.end(when)
         _end(self._span, outcome, error, self._count)
         self._metrics.add("attempts", self._agent | {Attr.OUTCOME: outcome})
@@ -222,11 +220,11 @@ def settled(telemetry: Telemetry, facts: Facts, outcome: str, *, now: float, sto
 def model_known(model: str) -> None:
     """Let the span of the agent that is at work say which model it asks."""
     span = context.get_value(_INVOCATION)
-    if isinstance(span, Span):
-        span.set_attribute(Attr.MODEL, model)
+    if isinstance(span, Told):
+        span.set({Attr.MODEL: model})
 
 
-def _process(telemetry: Telemetry, facts: Facts, sender: Context) -> Span:
+def _process(telemetry: Telemetry, facts: Facts, sender: Context) -> Told:
     request = facts.request
     attributes: dict[str, str | int | bool] = {
         Attr.SYSTEM: facts.system,
@@ -246,22 +244,38 @@ def _process(telemetry: Telemetry, facts: Facts, sender: Context) -> Span:
     links = [link_to(facts.first, {Attr.LINK: Link.FIRST_ATTEMPT})]
     links += [link_to(fields, {Attr.LINK: Link.ANSWER}) for fields in facts.answers]
     there = [link for link in links if link is not None]
-    return telemetry.tracer.start_span(f"process {request.agent}", sender, SpanKind.CONSUMER, attributes, there)
+    return telemetry.spans.begin(f"process {request.agent}", sender, SpanKind.CONSUMER, attributes, there)
 
 
-def _mark_stopped(span: Span, stop: Stopped) -> None:
+def _mark_stopped(span: Told, stop: Stopped) -> None:
     attributes = {Attr.STOP_CAUSE: stop.cause}
     if stop.by:
         attributes[Attr.STOP_BY] = stop.by
-    span.set_attributes(attributes)
-    span.add_event(SpanEvent.STOPPED, attributes)
-    if (link := link_to(stop.fields, {Attr.LINK: Link.STOP})) is not None:
-        span.add_link(link.context, link.attributes)
+    span.set(attributes)
+    span.event(SpanEvent.STOPPED, attributes)
+    span.link(link_to(stop.fields, {Attr.LINK: Link.STOP}))
 
 
-def _end(span: Span, outcome: str, error: str | None, tokens: int) -> None:
-    span.set_attributes({Attr.OUTCOME: outcome, Attr.TOKENS: tokens})
+def _end(span: Told, outcome: str, error: str | None, tokens: int) -> None:
+    span.set({Attr.OUTCOME: outcome, Attr.TOKENS: tokens})
     if outcome in _FAILED:
-        span.set_attribute(Attr.ERROR_TYPE, error or outcome)
-        span.set_status(Status(StatusCode.ERROR))
+        span.failed(error or outcome)
     span.end()
+
+
+def _content(name: str, what: object) -> dict[str, str]:
+    """Return what was asked or said as an attribute; none where it cannot be JSON, nested too deeply say."""
+    try:
+        return {name: msgspec.json.encode(what).decode()}
+    except Exception:
+        lost(name)
+        return {}
+
+
+def _kind_of(error: Exception) -> str:
+    """Return the code of an author's error, if it has one, else the name of its type."""
+    try:
+        code: object = getattr(error, "code", None)
+    except Exception:  # it is whatever the author wrote
+        code = None
+    return str(code) if code and isinstance(code, (str, int)) else type(error).__name__

@@ -9,6 +9,7 @@ from opentelemetry import metrics
 from opentelemetry.metrics import CallbackOptions, Counter, Histogram, Meter, Observation
 
 from agentrun.telemetry.names import METRICS, SCOPE, Metric
+from agentrun.telemetry.spans import lost
 
 __all__ = ["Instruments", "Levels", "Tally"]
 
@@ -68,15 +69,24 @@ class Instruments:
 
     def add(self, key: str, attributes: Mapping[str, str]) -> None:
         """Count an event."""
-        self._counters[key].add(1, attributes)
+        self._add(key, 1, attributes)
 
     def expect(self, key: str, attributes: Mapping[str, str]) -> None:
         """Let the count of a rare event stand at 0 from the beginning: only then is the first one an increase."""
-        self._counters[key].add(0, attributes)
+        self._add(key, 0, attributes)
+
+    def _add(self, key: str, count: int, attributes: Mapping[str, str]) -> None:
+        try:
+            self._counters[key].add(count, attributes)
+        except Exception:
+            lost(METRICS[key].name)
 
     def record(self, key: str, value: float, attributes: Mapping[str, str | int] | None = None) -> None:
         """Record an observation of a histogram; one that a clock set back made negative counts as 0."""
-        self._histograms[key].record(max(value, 0.0), attributes)
+        try:
+            self._histograms[key].record(max(value, 0.0), attributes)
+        except Exception:
+            lost(METRICS[key].name)
 
     def tally(self, key: str, attributes: Mapping[str, str] | None = None) -> Tally:
         """Return the count of these attributes, to be added to."""
