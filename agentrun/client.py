@@ -107,6 +107,8 @@ class Client:
         self.telemetry = telemetry or default()
         self.settings = settings or ClientSettings()
         self._agent = agent
+        if agent is not None:
+            self.telemetry.instruments.expect("sends", {Attr.AGENT: agent})
 
     def session(self, id: str, *, agent: str | None = None) -> Session:
         """Return the session of this name; it begins with the first turn sent.

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from opentelemetry import metrics
 from opentelemetry.metrics import CallbackOptions, Counter, Histogram, Meter, Observation
 
-from agentrun.telemetry.names import METRICS, SCOPE, Metric
+from agentrun.telemetry.names import METRICS, SCOPE, Attr, Metric
 from agentrun.telemetry.spans import lost
 
 __all__ = ["Instruments", "Levels", "Tally"]
@@ -72,8 +72,14 @@ class Instruments:
         self._add(key, 1, attributes)
 
     def expect(self, key: str, attributes: Mapping[str, str]) -> None:
-        """Let the count of a rare event stand at 0 from the beginning: only then is the first one an increase."""
-        self._add(key, 0, attributes)
+        """Let a count stand at 0 from the beginning, of each outcome: only then is the first event an increase."""
+        if key in self._tallies:
+            self.tally(key, attributes)
+            return
+        for outcome in METRICS[key].outcomes:
+            self._add(key, 0, {**attributes, Attr.OUTCOME: outcome})
+        if not METRICS[key].outcomes:
+            self._add(key, 0, attributes)
 
     def _add(self, key: str, count: int, attributes: Mapping[str, str]) -> None:
         try:
