@@ -252,7 +252,7 @@ async def test_the_contract_holds_through_the_wrapper() -> None:
 @pytest.mark.parametrize(
     ("key", "apart"),
     [
-        ("token_gap", (0.001, 0.005, 0.01, 0.02, 0.05, 0.08, 0.2)),  # 200 to 5 tokens a second
+        ("token_gap", (0.001, 0.005, 0.01, 0.015, 0.02, 0.03, 0.05, 0.08, 0.2)),  # 200 to 5 tokens a second
         ("append_duration", (0.0002, 0.0005, 0.001, 0.002, 0.01, 1, 20, 40)),  # a broker beside us, one that is away
         ("send_duration", (0.0005, 0.001, 0.002, 0.01, 1, 20)),
         ("queue_wait", (0.001, 0.002, 0.005, 1, 60, 120, 600, 3000)),  # an idle fleet, one that is overrun
