@@ -48,8 +48,8 @@ _PAGE = 10_000
 """Records read at a time."""
 _LOOK_UP = 15.0
 """Seconds between two looks at how much waits, for metrics."""
-_COUNTS = ("turns", "attempts", "takeovers", "fenced", "dead", "tokens", "appends", "append_bytes", "text_bytes")
-"""What a worker counts of each agent. Some of it a fleet may see once a month, and is alerted about."""
+_RARE = ("takeovers", "fenced", "dead")
+"""What a fleet may see once a month, and is alerted about."""
 _LAST_APPENDS = 5.0
 """Seconds turns that are handed back get to say so in the log."""
 
@@ -241,8 +241,9 @@ class Worker:
         if not instruments.enabled:
             return
         for name in self._agents:
-            for count in _COUNTS:
-                instruments.expect(count, {Attr.AGENT: name})
+            counts = instruments.of(name)
+            for rare in _RARE:
+                instruments.expect(rare, counts.attributes)
         queues: list[QueueStats] = []
         levels: dict[str, Levels] = {
             "running": lambda: [(self._in_hand[name], {Attr.AGENT: name}) for name in self._agents],

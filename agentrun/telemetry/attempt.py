@@ -80,23 +80,21 @@ class Watch:
         self._metrics = telemetry.instruments
         self._clock = clock
         self._content = content
-        self._agent = {Attr.AGENT: facts.request.agent}
-        self._tokens = self._metrics.tally("tokens", self._agent)
-        self._appends = self._metrics.tally("appends", self._agent)
-        self._bytes = self._metrics.tally("append_bytes", self._agent)
-        self._text = self._metrics.tally("text_bytes", self._agent)
+        self._counts = telemetry.instruments.of(facts.request.agent)
+        self._wait: float | None = None
         self._count = 0
         self._first = self._last = 0.0
         self._first_count = 0
         self._stopped = self._claimed = self._ended = False
-        self._sender = span_of(facts.request.trace)
-        self._span = _process(telemetry, facts, self._sender)
+        sender = span_of(facts.request.trace)
+        self._span = _process(telemetry, facts, sender)
+        self._context = trace.set_span_in_context(self._span.span, sender)
         self._invoked: tuple[Told, int] | None = None
 
     @property
     def fields(self) -> dict[str, str]:
         """The attempt's trace fields, for its `TurnStarted`."""
-        return carried({}, trace.set_span_in_context(self._span.span, self._sender))
+        return carried({}, self._context)
 
     @property
     def active(self) -> bool:
@@ -108,18 +106,17 @@ class Watch:
         facts = self._facts
         self._claimed = True
         if facts.due is not None:
-            wait = max(self._clock() - facts.due, 0.0)
-            self._span.set({Attr.QUEUE_WAIT: wait})
-            self._metrics.record("queue_wait", wait, self._agent)
+            self._wait = max(self._clock() - facts.due, 0.0)
+            self._metrics.record("queue_wait", self._wait, self._counts.attributes)
         if facts.took_over:
             self._span.event(SpanEvent.TAKEN_OVER)
-            self._metrics.add("takeovers", self._agent)
+            self._metrics.add("takeovers", self._counts.attributes)
 
     @contextmanager
     def current(self) -> Generator[None]:
         """The attempt as the current span, and as what is logged about."""
         facts = self._facts
-        token = context.attach(trace.set_span_in_context(self._span.span, self._sender))
+        token = context.attach(self._context)
         try:
             with at(facts.session, facts.request.turn, facts.attempt):
                 yield
@@ -156,20 +153,20 @@ class Watch:
 
     def appended(self, tokens: int, size: int, text: int) -> None:
         """Take note of a record: its tokens, its bytes, its characters of text."""
-        self._appends.value += 1
-        self._bytes.value += size
+        self._counts.appends.value += 1
+        self._counts.bytes.value += size
         if not tokens:
             return
-        self._tokens.value += tokens
-        self._text.value += text
+        self._counts.tokens.value += tokens
+        self._counts.text.value += text
         self._last = time.monotonic()
         if not self._count:
             self._first, self._first_count = self._last, tokens
             self._span.event(SpanEvent.FIRST_TOKEN)
             if self._facts.attempt == 1:
-                self._metrics.record("first_token", self._clock() - self._facts.sent, self._agent)
+                self._metrics.record("first_token", self._clock() - self._facts.sent, self._counts.attributes)
         self._count += tokens
-        if not self._appends.value % SAMPLE:
+        if not self._counts.appends.value % SAMPLE:
             self._metrics.record("append_batch", tokens)
 
     def stopped(self, stop: Stopped) -> None:
@@ -191,21 +188,21 @@ class Watch:
             if said is not None:
                 span.set(_content(Attr.OUTPUT_MESSAGES, said.parts))
             span.end(when)
-        _end(self._span, outcome, error, self._count)
-        self._metrics.add("attempts", self._agent | {Attr.OUTCOME: outcome})
+        _end(self._span, outcome, error, self._count, self._wait)
+        self._counts.attempts[outcome].value += 1
         if outcome == "fenced":
-            self._metrics.add("fenced", self._agent)
+            self._metrics.add("fenced", self._counts.attributes)
         if self._count > self._first_count:
             gap = (self._last - self._first) / (self._count - self._first_count)
-            self._metrics.record("token_gap", gap, self._agent)
+            self._metrics.record("token_gap", gap, self._counts.attributes)
 
 
 def turn_ended(telemetry: Telemetry, facts: Facts, outcome: str, *, now: float) -> None:
     """Count a turn's end, at ``now`` by the broker's clock."""
-    attributes = {Attr.AGENT: facts.request.agent, Attr.OUTCOME: outcome}
-    telemetry.instruments.add("turns", attributes)
+    turns = telemetry.instruments.of(facts.request.agent).turns[outcome]
+    turns.value += 1
     if facts.sent:
-        telemetry.instruments.record("turn_duration", now - facts.sent, attributes)
+        telemetry.instruments.record("turn_duration", now - facts.sent, turns.attributes)
 
 
 def settled(telemetry: Telemetry, facts: Facts, outcome: str, *, now: float, stop: Stopped | None = None) -> None:
@@ -256,8 +253,11 @@ def _mark_stopped(span: Told, stop: Stopped) -> None:
     span.link(link_to(stop.fields, {Attr.LINK: Link.STOP}))
 
 
-def _end(span: Told, outcome: str, error: str | None, tokens: int) -> None:
-    span.set({Attr.OUTCOME: outcome, Attr.TOKENS: tokens})
+def _end(span: Told, outcome: str, error: str | None, tokens: int, wait: float | None = None) -> None:
+    attributes: dict[str, str | int | float] = {Attr.OUTCOME: outcome, Attr.TOKENS: tokens}
+    if wait is not None:
+        attributes[Attr.QUEUE_WAIT] = wait
+    span.set(attributes)
     if outcome in _FAILED:
         span.failed(error or outcome)
     span.end()

@@ -27,7 +27,7 @@ def carried(trace: Mapping[str, str], over: Context | None = None) -> dict[str, 
 
 def span_of(trace: Mapping[str, str]) -> Context:
     """Return the context that the trace fields of an event stand for. What is no such field is passed over."""
-    return read_from(trace, Context())
+    return read_from(trace, Context()) if trace else Context()
 
 
 def read_from(fields: Mapping[str, str], below: Context) -> Context:

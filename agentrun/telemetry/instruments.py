@@ -6,12 +6,13 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
 from opentelemetry import metrics
+from opentelemetry.context import Context
 from opentelemetry.metrics import CallbackOptions, Counter, Histogram, Meter, Observation
 
 from agentrun.telemetry.names import METRICS, SCOPE, Attr, Metric
 from agentrun.telemetry.spans import lost
 
-__all__ = ["Instruments", "Levels", "Tally"]
+__all__ = ["AgentCounts", "Instruments", "Levels", "Tally"]
 
 Levels = Callable[[], Iterable[tuple[float, Mapping[str, str]]]]
 """Tells what a gauge stands at, each value with its attributes. Called from any thread."""
@@ -25,6 +26,45 @@ class Tally:
     def __init__(self, attributes: Mapping[str, str]) -> None:
         self.attributes = attributes
         self.value = 0
+
+
+class AgentCounts:
+    """What is counted of the turns of one agent, made once for all of them.
+
+    Attributes:
+        attributes: What tells the agent apart.
+        turns: By how they ended.
+        attempts: By how they ended.
+        tokens: Tokens stored.
+        appends: Records appended.
+        bytes: Their bytes.
+        text: The characters of text among these.
+    """
+
+    def __init__(self, instruments: Instruments, agent: str) -> None:
+        self.attributes = {Attr.AGENT: agent}
+        self.turns = _Outcomes(instruments, "turns", self.attributes)
+        self.attempts = _Outcomes(instruments, "attempts", self.attributes)
+        self.tokens = instruments.tally("tokens", self.attributes)
+        self.appends = instruments.tally("appends", self.attributes)
+        self.bytes = instruments.tally("append_bytes", self.attributes)
+        self.text = instruments.tally("text_bytes", self.attributes)
+
+
+class _Outcomes(dict[str, Tally]):
+    """A count for each outcome; those that there may be are there from the beginning."""
+
+    def __init__(self, instruments: Instruments, key: str, attributes: Mapping[str, str]) -> None:
+        super().__init__()
+        self._instruments = instruments
+        self._key = key
+        self._attributes = attributes
+        for outcome in METRICS[key].outcomes:
+            self[outcome]
+
+    def __missing__(self, outcome: str) -> Tally:
+        tally = self[outcome] = self._instruments.tally(self._key, {**self._attributes, Attr.OUTCOME: outcome})
+        return tally
 
 
 class Instruments:
@@ -41,6 +81,7 @@ class Instruments:
         self._histograms: dict[str, Histogram] = {}
         self._levels: dict[str, list[Levels]] = {}
         self._tallies: dict[str, dict[tuple[tuple[str, str], ...], Tally]] = {}
+        self._agents: dict[str, AgentCounts] = {}
         meter = metrics.get_meter(SCOPE, version, meter_provider=provider)
         for key, metric in METRICS.items():
             self._make(meter, key, metric)
@@ -73,9 +114,6 @@ class Instruments:
 
     def expect(self, key: str, attributes: Mapping[str, str]) -> None:
         """Let a count stand at 0 from the beginning, of each outcome: only then is the first event an increase."""
-        if key in self._tallies:
-            self.tally(key, attributes)
-            return
         for outcome in METRICS[key].outcomes:
             self._add(key, 0, {**attributes, Attr.OUTCOME: outcome})
         if not METRICS[key].outcomes:
@@ -87,12 +125,28 @@ class Instruments:
         except Exception:
             lost(METRICS[key].name)
 
-    def record(self, key: str, value: float, attributes: Mapping[str, str | int] | None = None) -> None:
-        """Record an observation of a histogram; one that a clock set back made negative counts as 0."""
+    def record(
+        self,
+        key: str,
+        value: float,
+        attributes: Mapping[str, str | int] | None = None,
+        context: Context | None = None,
+    ) -> None:
+        """Record an observation of a histogram; one that a clock set back made negative counts as 0.
+
+        It leads to the span of ``context``, default the current one.
+        """
         try:
-            self._histograms[key].record(max(value, 0.0), attributes)
+            self._histograms[key].record(max(value, 0.0), attributes, context)
         except Exception:
             lost(METRICS[key].name)
+
+    def of(self, agent: str) -> AgentCounts:
+        """Return the counts of an agent's turns; they stand at 0 from the first call on."""
+        counts = self._agents.get(agent)
+        if counts is None:
+            counts = self._agents[agent] = AgentCounts(self, agent)
+        return counts
 
     def tally(self, key: str, attributes: Mapping[str, str] | None = None) -> Tally:
         """Return the count of these attributes, to be added to."""

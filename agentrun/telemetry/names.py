@@ -168,7 +168,7 @@ class _Metrics:
     # What workers say.
     turns = Metric(
         "agentrun.turns",
-        "event counter",
+        "counter",
         "{turn}",
         f"Turns that ended, by how: {_list(TURN_OUTCOMES)}.",
         (Attr.AGENT, Attr.OUTCOME),
@@ -184,7 +184,7 @@ class _Metrics:
     )
     attempts = Metric(
         "agentrun.attempts",
-        "event counter",
+        "counter",
         "{attempt}",
         f"Attempts that ended, by how: {_list(ATTEMPT_OUTCOMES)}.",
         (Attr.AGENT, Attr.OUTCOME),

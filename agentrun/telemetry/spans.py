@@ -114,7 +114,10 @@ class Told:
 
 def _fit(attributes: Mapping[str, AttributeValue]) -> Mapping[str, AttributeValue]:
     """Return them fit for an exporter: half a character in one of them, and it would drop all spans it has in hand."""
-    if all(not isinstance(value, str) or value.isascii() for value in attributes.values()):
+    for value in attributes.values():
+        if isinstance(value, str) and not value.isascii():
+            break
+    else:
         return attributes
     return {
         name: value.encode("utf-8", "replace").decode() if isinstance(value, str) else value
