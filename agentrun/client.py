@@ -107,6 +107,8 @@ class Client:
         self.telemetry = telemetry or default()
         self.settings = settings or ClientSettings()
         self._agent = agent
+        if agent is not None:
+            self.telemetry.instruments.expect("sends", {Attr.AGENT: agent})
 
     def session(self, id: str, *, agent: str | None = None) -> Session:
         """Return the session of this name; it begins with the first turn sent.
@@ -256,7 +258,7 @@ class Session:
         request.metadata = dict(metadata or {})
         with sending(self._telemetry, self._system, self.id, request, trace or {}) as span:
             offset = await self._append(request, minted=id is None)
-            span.set_attribute(Attr.OFFSET, offset)
+            span.set({Attr.OFFSET: offset})
         return Turn(self, request.turn, offset)
 
     @property
@@ -360,7 +362,7 @@ class Session:
     async def _answer(self, event: wire.TurnAnswer) -> int:
         with answering(self._telemetry, self._system, self.id, event) as span:
             offset = await inputs.answer(self._broker.log, self.id, event, timeout=self._settings.send_timeout)
-            span.set_attribute(Attr.OFFSET, offset)
+            span.set({Attr.OFFSET: offset})
         return offset
 
     async def delete(self) -> None:

@@ -241,8 +241,9 @@ class Worker:
         if not instruments.enabled:
             return
         for name in self._agents:
+            counts = instruments.of(name)
             for rare in _RARE:
-                instruments.expect(rare, {Attr.AGENT: name})
+                instruments.expect(rare, counts.attributes)
         queues: list[QueueStats] = []
         levels: dict[str, Levels] = {
             "running": lambda: [(self._in_hand[name], {Attr.AGENT: name}) for name in self._agents],

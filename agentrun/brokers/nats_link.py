@@ -87,6 +87,8 @@ def _redact(url: str) -> str:
 
 
 _NOBODY = "nobody answers there (is JetStream on, the stream there?)"
+_REFUSED = ("authorization violation", "user authentication")
+"""How a server says that it does not know who connects, or no longer: to try again is of no use."""
 _SWITCHED_OFF = (10039, 10076)
 """JetStream is not enabled, or not for this account."""
 
@@ -206,6 +208,8 @@ class Link:
         self._closing = False
         self._begun = False
         self._opened = False
+        self._opening: anyio.CancelScope | None = None
+        self._refused = 0
         self._slots: dict[str, Callable[[Msg | None], None]] = {}
         self._tokens = itertools.count()
         self._inbox = ""
@@ -216,14 +220,14 @@ class Link:
         """Connect.
 
         Raises:
-            Unavailable: It did not work within ``connect_timeout``.
+            Unavailable: It did not work within ``connect_timeout``; that all servers refuse who we are is told at once.
         """
         if importlib.util.find_spec("fast_mail_parser"):
             raise Misconfigured("fast-mail-parser changes how nats-py reads headers: uninstall it")
         done = False
         self._begun = True
         try:
-            with anyio.move_on_after(self.options.connect_timeout):
+            with anyio.move_on_after(self.options.connect_timeout) as self._opening:
                 await self._connect()
                 done = True
         except (NatsError, OSError, ValueError) as error:
@@ -232,6 +236,8 @@ class Link:
             if not done:
                 await self.close()
         if not done:
+            if self._all_refuse:
+                raise Unavailable(f"{self.options.shown} refuses this connection: {self.last_error}")
             raise Unavailable(
                 f"cannot reach {self.options.shown}: {self.last_error or 'no answer'}; "
                 "is the server running? `agentrun dev` starts one"
@@ -260,6 +266,11 @@ class Link:
             closed_cb=self._on_closed,
         )
 
+    @property
+    def _all_refuse(self) -> bool:
+        # They are asked by turns; one that cannot be reached may be away while another says what is wrong.
+        return self._refused >= len(self.options.servers)
+
     async def close(self) -> None:
         """Close the connection; what was published is sent first."""
         self._closing = True
@@ -279,8 +290,13 @@ class Link:
         if not isinstance(error, OSError) or not self.last_error:
             # "Connection reset" must not hide the refusal that came before it.
             self.last_error = text
-        if self._opened and not self.client.is_connected and (half_open := getattr(self.client, "_transport", None)):
-            # A reconnect that failed in its handshake leaves its socket to the garbage collector.
+        if not self._opened and any(words in text.lower() for words in _REFUSED):
+            self._refused += 1
+            if self._all_refuse and self._opening is not None:
+                self._opening.cancel()  # nats-py would try again until the time is up
+        half_open = getattr(self.client, "_transport", None)
+        if (self._opened or self._all_refuse) and not self.client.is_connected and half_open:
+            # A connect that failed in its handshake leaves its socket to the garbage collector.
             half_open.close()
         if self._opened and not self._closing:
             # A server that is away is told once, by _on_disconnected.

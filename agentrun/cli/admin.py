@@ -100,14 +100,15 @@ async def sessions(app: App, limit: int, as_json: bool) -> None:
         names = await client.broker.sessions(limit=LOOKED_AT)
         ends = await ends_of(client.broker.log, names)
     newest = sorted(ends, key=lambda name: ends[name].time, reverse=True)[:limit]
-    if len(names) == LOOKED_AT:
+    cut = len(names) >= LOOKED_AT
+    if cut:
         click.echo(f"{LOOKED_AT} sessions were looked at, there may be more", err=True)
     if as_json:
         body = [
             {"session": name, "offset": ends[name].offset, "time": ends[name].time, "busy": bool(ends[name].pending)}
             for name in newest
         ]
-        click.echo(msgspec.json.encode({"namespace": app.namespace, "sessions": body}))
+        click.echo(msgspec.json.encode({"namespace": app.namespace, "sessions": body, "cut": cut}))
         return
     rows = [(name, ends[name].offset, _when(ends[name].time), "busy" if ends[name].pending else "") for name in newest]
     for line in columns(("session", "offset", "last record", ""), rows) if rows else ["none"]:

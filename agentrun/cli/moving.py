@@ -8,7 +8,7 @@ from contextlib import aclosing
 import click
 import msgspec
 
-from agentrun.cli import stdin
+from agentrun.cli import stdin, stdout
 from agentrun.cli.common import App, Fatal, command, json_option, option
 from agentrun.errors import AgentrunError, SessionBusy, SessionGone
 from agentrun.moving import all_sessions, export_session, import_sessions
@@ -34,7 +34,7 @@ async def export(app: App, sessions: tuple[str, ...], everything: bool, force: b
             try:
                 async with aclosing(export_session(client.broker, name, force=force)) as exported:
                     async for line in exported:
-                        sys.stdout.buffer.write(line)
+                        await stdout.write(line)
                         lines += 1
             except (SessionBusy, SessionGone) as error:
                 if lines:
@@ -42,7 +42,6 @@ async def export(app: App, sessions: tuple[str, ...], everything: bool, force: b
                 left_out += 1
                 _say(error)
             records += max(lines - 1, 0)
-    sys.stdout.buffer.flush()
     click.echo(f"{len(names) - left_out} sessions, {records} records exported", err=True)
     return 1 if left_out else 0
 

@@ -20,7 +20,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import BaseRoute, Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from agentrun.broker import BrokerAdmin
+from agentrun.broker import Broker, BrokerAdmin
 from agentrun.client import Client, connect
 from agentrun.errors import AgentrunError, BrokerError
 from agentrun.gateway import ai_sdk, native, openapi, page, socket
@@ -32,6 +32,7 @@ from agentrun.gateway.rights import Principal
 from agentrun.gateway.telemetry import Observed
 from agentrun.settings import GatewaySettings
 from agentrun.telemetry import Telemetry, default
+from agentrun.telemetry.names import Attr
 
 __all__ = ["Gateway"]
 
@@ -102,12 +103,22 @@ class Gateway:
             group = await stack.enter_async_context(anyio.create_task_group())
             stack.callback(group.cancel_scope.cancel)
             await group.start(hub.run)
+            group.start_soon(self._expect_turns, client)
             await group.start(self.auth.run, client, hub.wake)
             stack.enter_context(_Signals(self.drain))
             stack.callback(hub.close)
             self._client, self._hub = client, hub
             self._opened = stack.pop_all()
         return self
+
+    async def _expect_turns(self, client: Client) -> None:
+        """Let the turns it will send be counted from 0 on, while anybody collects."""
+        instruments = self._telemetry.instruments
+        if not instruments.enabled:
+            return
+        named = self.settings.agent
+        for agent in await _agents(client.broker) if named is None else [named]:
+            instruments.expect("sends", {Attr.AGENT: agent})
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -161,10 +172,8 @@ class Gateway:
         """To whom turns go whose sender names no agent: ``settings.agent``, else the broker's only one."""
         if self.settings.agent is not None:
             return self.settings.agent
-        if time.monotonic() > self._agent_until and isinstance(self.client.broker, BrokerAdmin):
-            agents: list[str] = []
-            with suppress(BrokerError):  # it is away, or this gateway may not look
-                agents = [queue.agent for queue in await self.client.broker.stats()]
+        if time.monotonic() > self._agent_until:
+            agents = await _agents(self.client.broker)
             self._agent = agents[0] if len(agents) == 1 else None
             self._agent_until = time.monotonic() + _AGENT_KNOWN
         return self._agent
@@ -215,6 +224,14 @@ class Gateway:
         if hub.closing or hub.lost:
             raise Problem(503, "not_ready", "shutting down" if hub.closing else "the broker is away")
         return JSONResponse({"status": "ready", "watched": hub.watched})
+
+
+async def _agents(broker: Broker) -> list[str]:
+    """Return the agents that the broker has queues for; none if it is away, or this gateway may not look."""
+    if isinstance(broker, BrokerAdmin):
+        with suppress(BrokerError):
+            return [queue.agent for queue in await broker.stats()]
+    return []
 
 
 def _on_error(request: Request, error: Exception) -> Response:

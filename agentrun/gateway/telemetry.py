@@ -10,15 +10,17 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable
 
-from opentelemetry import context, propagate, trace
+from opentelemetry import context, trace
 from opentelemetry.context import Context
-from opentelemetry.trace import NonRecordingSpan, Span, SpanKind, Status, StatusCode
+from opentelemetry.trace import NonRecordingSpan, Span, SpanKind
 from starlette.routing import BaseRoute, Match, Route, WebSocketRoute
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from agentrun.telemetry import Telemetry
+from agentrun.telemetry.context import read_from
 from agentrun.telemetry.instruments import Instruments
 from agentrun.telemetry.names import Attr
+from agentrun.telemetry.spans import Told
 
 __all__ = ["Counts", "Observed", "context_of"]
 
@@ -130,13 +132,11 @@ class _Request:
             mount: str = "" if scope.get("path_params") else scope.get("root_path", "")
             self._attributes[Attr.HTTP_ROUTE] = mount + route
             name = f"{name} {mount}{route}"
-        self._span: Span | None = None
+        self._span: Told | None = None
         if route not in _QUIET:
             more = {Attr.URL_SCHEME: scope.get("scheme", "http"), Attr.URL_PATH: scope["path"]}
-            self._span = telemetry.tracer.start_span(
-                name, kind=SpanKind.SERVER, attributes={**self._attributes, **more}
-            )
-            self._be_below(self._span)
+            self._span = telemetry.spans.begin(name, None, SpanKind.SERVER, {**self._attributes, **more})
+            self._be_below(self._span.span)
 
     def end(self, status: int | None, error: str | None = None) -> None:
         """Take note of the response, or that there is none; the first time counts."""
@@ -150,13 +150,12 @@ class _Request:
         if span is None:
             return
         if status is not None:
-            span.set_attribute(Attr.HTTP_STATUS, status)
+            span.set({Attr.HTTP_STATUS: status})
             if status >= 500:
-                span.set_attribute(Attr.ERROR_TYPE, error or str(status))
-                span.set_status(Status(StatusCode.ERROR))
+                span.failed(error or str(status))
         span.end()
         # Its name is enough for what comes below it: the span itself is not kept for as long as a reader stays.
-        self._be_below(NonRecordingSpan(span.get_span_context()))
+        self._be_below(NonRecordingSpan(span.span.get_span_context()))
 
     def _be_below(self, span: Span) -> None:
         here = self._scope[_CONTEXT] = trace.set_span_in_context(span)
@@ -181,4 +180,4 @@ def _sent_with(scope: Scope) -> Context:
     for name, value in scope["headers"]:
         key, text = name.decode("latin-1"), value.decode("latin-1")
         headers[key] = f"{headers[key]},{text}" if key in headers else text
-    return propagate.extract(headers, trace.set_span_in_context(trace.INVALID_SPAN))
+    return read_from(headers, trace.set_span_in_context(trace.INVALID_SPAN))

@@ -21,12 +21,13 @@ from opentelemetry import metrics, trace
 
 from agentrun.telemetry.instruments import Instruments
 from agentrun.telemetry.names import SCOPE
+from agentrun.telemetry.spans import Spans
 
 __all__ = ["Telemetry", "default"]
 
 
 class Telemetry:
-    """A tracer and a set of instruments.
+    """Spans and a set of instruments. Nothing that is told here, and fails, fails who tells it.
 
     Args:
         tracer_provider: Where spans go; default is the provider that is set for the process.
@@ -40,7 +41,7 @@ class Telemetry:
     ) -> None:
         self.version = importlib.metadata.version("agentrun")
         self._tracers = tracer_provider
-        self.tracer = trace.get_tracer(SCOPE, self.version, tracer_provider)
+        self.spans = Spans(trace.get_tracer(SCOPE, self.version, tracer_provider))
         self.instruments = Instruments(meter_provider, self.version)
 
     @property

@@ -11,12 +11,13 @@ import msgspec
 from msgspec import Struct
 from opentelemetry import context, trace
 from opentelemetry.context import Context
-from opentelemetry.trace import Span, SpanKind, Status, StatusCode
+from opentelemetry.trace import SpanKind
 
 from agentrun import wire
 from agentrun.telemetry import Telemetry
 from agentrun.telemetry.context import at, carried, link_to, span_of
 from agentrun.telemetry.names import SAMPLE, Attr, Link, SpanEvent
+from agentrun.telemetry.spans import Told, lost
 
 __all__ = ["Facts", "Stopped", "Watch", "model_known", "settled", "turn_ended"]
 
@@ -79,46 +80,43 @@ class Watch:
         self._metrics = telemetry.instruments
         self._clock = clock
         self._content = content
-        self._agent = {Attr.AGENT: facts.request.agent}
-        self._tokens = self._metrics.tally("tokens", self._agent)
-        self._appends = self._metrics.tally("appends", self._agent)
-        self._bytes = self._metrics.tally("append_bytes", self._agent)
-        self._text = self._metrics.tally("text_bytes", self._agent)
+        self._counts = telemetry.instruments.of(facts.request.agent)
+        self._wait: float | None = None
         self._count = 0
         self._first = self._last = 0.0
         self._first_count = 0
         self._stopped = self._claimed = self._ended = False
-        self._sender = span_of(facts.request.trace)
-        self._span = _process(telemetry, facts, self._sender)
-        self._invoked: tuple[Span, int] | None = None
+        sender = span_of(facts.request.trace)
+        self._span = _process(telemetry, facts, sender)
+        self._context = trace.set_span_in_context(self._span.span, sender)
+        self._invoked: tuple[Told, int] | None = None
 
     @property
     def fields(self) -> dict[str, str]:
         """The attempt's trace fields, for its `TurnStarted`."""
-        return carried({}, trace.set_span_in_context(self._span, self._sender))
+        return carried({}, self._context)
 
     @property
     def active(self) -> bool:
         """Whether anybody looks: if not, there is no need to tell of each append."""
-        return self._metrics.enabled or self._span.is_recording()
+        return self._metrics.enabled or self._span.span.is_recording()
 
     def claimed(self) -> None:
         """Take note that the session is ours. An attempt that does not come to this is told to nobody."""
         facts = self._facts
         self._claimed = True
         if facts.due is not None:
-            wait = max(self._clock() - facts.due, 0.0)
-            self._span.set_attribute(Attr.QUEUE_WAIT, wait)
-            self._metrics.record("queue_wait", wait, self._agent)
+            self._wait = max(self._clock() - facts.due, 0.0)
+            self._metrics.record("queue_wait", self._wait, self._counts.attributes)
         if facts.took_over:
-            self._span.add_event(SpanEvent.TAKEN_OVER)
-            self._metrics.add("takeovers", self._agent)
+            self._span.event(SpanEvent.TAKEN_OVER)
+            self._metrics.add("takeovers", self._counts.attributes)
 
     @contextmanager
     def current(self) -> Generator[None]:
         """The attempt as the current span, and as what is logged about."""
         facts = self._facts
-        token = context.attach(trace.set_span_in_context(self._span, self._sender))
+        token = context.attach(self._context)
         try:
             with at(facts.session, facts.request.turn, facts.attempt):
                 yield
@@ -136,18 +134,15 @@ class Watch:
             Attr.TURN: facts.request.turn,
         }
         if self._content:
-            attributes[Attr.INPUT_MESSAGES] = msgspec.json.encode(messages).decode()
-        span = self._telemetry.tracer.start_span(
-            f"invoke_agent {facts.request.agent}", attributes=attributes, kind=SpanKind.INTERNAL
-        )
-        token = context.attach(context.set_value(_INVOCATION, span, trace.set_span_in_context(span)))
+            attributes |= _content(Attr.INPUT_MESSAGES, messages)
+        span = self._telemetry.spans.begin(f"invoke_agent {facts.request.agent}", None, SpanKind.INTERNAL, attributes)
+        token = context.attach(context.set_value(_INVOCATION, span, trace.set_span_in_context(span.span)))
         try:
             yield
         except Exception as error:
-            span.set_attribute(Attr.ERROR_TYPE, getattr(error, "code", None) or type(error).__name__)
-            span.set_status(Status(StatusCode.ERROR))
+            span.failed(_kind_of(error))
             if self._content:
-                span.record_exception(error)
+                span.raised(error)
             raise
         finally:
             context.detach(token)
@@ -158,20 +153,20 @@ class Watch:
 
     def appended(self, tokens: int, size: int, text: int) -> None:
         """Take note of a record: its tokens, its bytes, its characters of text."""
-        self._appends.value += 1
-        self._bytes.value += size
+        self._counts.appends.value += 1
+        self._counts.bytes.value += size
         if not tokens:
             return
-        self._tokens.value += tokens
-        self._text.value += text
+        self._counts.tokens.value += tokens
+        self._counts.text.value += text
         self._last = time.monotonic()
         if not self._count:
             self._first, self._first_count = self._last, tokens
-            self._span.add_event(SpanEvent.FIRST_TOKEN)
+            self._span.event(SpanEvent.FIRST_TOKEN)
             if self._facts.attempt == 1:
-                self._metrics.record("first_token", self._clock() - self._facts.sent, self._agent)
+                self._metrics.record("first_token", self._clock() - self._facts.sent, self._counts.attributes)
         self._count += tokens
-        if not self._appends.value % SAMPLE:
+        if not self._counts.appends.value % SAMPLE:
             self._metrics.record("append_batch", tokens)
 
     def stopped(self, stop: Stopped) -> None:
@@ -191,23 +186,23 @@ class Watch:
         if self._invoked is not None:
             span, when = self._invoked
             if said is not None:
-                span.set_attribute(Attr.OUTPUT_MESSAGES, msgspec.json.encode(said.parts).decode())
+                span.set(_content(Attr.OUTPUT_MESSAGES, said.parts))
             span.end(when)
-        _end(self._span, outcome, error, self._count)
-        self._metrics.add("attempts", self._agent | {Attr.OUTCOME: outcome})
+        _end(self._span, outcome, error, self._count, self._wait)
+        self._counts.attempts[outcome].value += 1
         if outcome == "fenced":
-            self._metrics.add("fenced", self._agent)
+            self._metrics.add("fenced", self._counts.attributes)
         if self._count > self._first_count:
             gap = (self._last - self._first) / (self._count - self._first_count)
-            self._metrics.record("token_gap", gap, self._agent)
+            self._metrics.record("token_gap", gap, self._counts.attributes)
 
 
 def turn_ended(telemetry: Telemetry, facts: Facts, outcome: str, *, now: float) -> None:
     """Count a turn's end, at ``now`` by the broker's clock."""
-    attributes = {Attr.AGENT: facts.request.agent, Attr.OUTCOME: outcome}
-    telemetry.instruments.add("turns", attributes)
+    turns = telemetry.instruments.of(facts.request.agent).turns[outcome]
+    turns.value += 1
     if facts.sent:
-        telemetry.instruments.record("turn_duration", now - facts.sent, attributes)
+        telemetry.instruments.record("turn_duration", now - facts.sent, turns.attributes)
 
 
 def settled(telemetry: Telemetry, facts: Facts, outcome: str, *, now: float, stop: Stopped | None = None) -> None:
@@ -222,11 +217,11 @@ def settled(telemetry: Telemetry, facts: Facts, outcome: str, *, now: float, sto
 def model_known(model: str) -> None:
     """Let the span of the agent that is at work say which model it asks."""
     span = context.get_value(_INVOCATION)
-    if isinstance(span, Span):
-        span.set_attribute(Attr.MODEL, model)
+    if isinstance(span, Told):
+        span.set({Attr.MODEL: model})
 
 
-def _process(telemetry: Telemetry, facts: Facts, sender: Context) -> Span:
+def _process(telemetry: Telemetry, facts: Facts, sender: Context) -> Told:
     request = facts.request
     attributes: dict[str, str | int | bool] = {
         Attr.SYSTEM: facts.system,
@@ -246,22 +241,41 @@ def _process(telemetry: Telemetry, facts: Facts, sender: Context) -> Span:
     links = [link_to(facts.first, {Attr.LINK: Link.FIRST_ATTEMPT})]
     links += [link_to(fields, {Attr.LINK: Link.ANSWER}) for fields in facts.answers]
     there = [link for link in links if link is not None]
-    return telemetry.tracer.start_span(f"process {request.agent}", sender, SpanKind.CONSUMER, attributes, there)
+    return telemetry.spans.begin(f"process {request.agent}", sender, SpanKind.CONSUMER, attributes, there)
 
 
-def _mark_stopped(span: Span, stop: Stopped) -> None:
+def _mark_stopped(span: Told, stop: Stopped) -> None:
     attributes = {Attr.STOP_CAUSE: stop.cause}
     if stop.by:
         attributes[Attr.STOP_BY] = stop.by
-    span.set_attributes(attributes)
-    span.add_event(SpanEvent.STOPPED, attributes)
-    if (link := link_to(stop.fields, {Attr.LINK: Link.STOP})) is not None:
-        span.add_link(link.context, link.attributes)
+    span.set(attributes)
+    span.event(SpanEvent.STOPPED, attributes)
+    span.link(link_to(stop.fields, {Attr.LINK: Link.STOP}))
 
 
-def _end(span: Span, outcome: str, error: str | None, tokens: int) -> None:
-    span.set_attributes({Attr.OUTCOME: outcome, Attr.TOKENS: tokens})
+def _end(span: Told, outcome: str, error: str | None, tokens: int, wait: float | None = None) -> None:
+    attributes: dict[str, str | int | float] = {Attr.OUTCOME: outcome, Attr.TOKENS: tokens}
+    if wait is not None:
+        attributes[Attr.QUEUE_WAIT] = wait
+    span.set(attributes)
     if outcome in _FAILED:
-        span.set_attribute(Attr.ERROR_TYPE, error or outcome)
-        span.set_status(Status(StatusCode.ERROR))
+        span.failed(error or outcome)
     span.end()
+
+
+def _content(name: str, what: object) -> dict[str, str]:
+    """Return what was asked or said as an attribute; none where it cannot be JSON, nested too deeply say."""
+    try:
+        return {name: msgspec.json.encode(what).decode()}
+    except Exception:
+        lost(name)
+        return {}
+
+
+def _kind_of(error: Exception) -> str:
+    """Return the code of an author's error, if it has one, else the name of its type."""
+    try:
+        code: object = getattr(error, "code", None)
+    except Exception:  # it is whatever the author wrote
+        code = None
+    return str(code) if code and isinstance(code, (str, int)) else type(error).__name__

@@ -10,19 +10,33 @@ from typing import NamedTuple
 from opentelemetry import propagate, trace
 from opentelemetry.context import Context
 
-__all__ = ["At", "at", "carried", "current", "link_to", "span_of"]
+from agentrun.telemetry.spans import lost
+
+__all__ = ["At", "at", "carried", "current", "link_to", "read_from", "span_of"]
 
 
 def carried(trace: Mapping[str, str], over: Context | None = None) -> dict[str, str]:
     """Return the trace fields of an event: those given, and over them those of a context, default the current one."""
     fields = dict(trace)
-    propagate.inject(fields, over)
+    try:
+        propagate.inject(fields, over)
+    except Exception:
+        lost("trace context or baggage, on its way out")
     return fields
 
 
 def span_of(trace: Mapping[str, str]) -> Context:
     """Return the context that the trace fields of an event stand for. What is no such field is passed over."""
-    return propagate.extract(trace, Context())
+    return read_from(trace, Context()) if trace else Context()
+
+
+def read_from(fields: Mapping[str, str], below: Context) -> Context:
+    """Return a context with what fields, or headers, carry. What cannot be used is passed over."""
+    try:
+        return propagate.extract(fields, below)
+    except Exception:
+        lost("trace context or baggage, on its way in")
+        return below
 
 
 def link_to(fields: Mapping[str, str], attributes: Mapping[str, str]) -> trace.Link | None:

@@ -6,11 +6,13 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
 from opentelemetry import metrics
+from opentelemetry.context import Context
 from opentelemetry.metrics import CallbackOptions, Counter, Histogram, Meter, Observation
 
-from agentrun.telemetry.names import METRICS, SCOPE, Metric
+from agentrun.telemetry.names import METRICS, SCOPE, Attr, Metric
+from agentrun.telemetry.spans import lost
 
-__all__ = ["Instruments", "Levels", "Tally"]
+__all__ = ["AgentCounts", "Instruments", "Levels", "Tally"]
 
 Levels = Callable[[], Iterable[tuple[float, Mapping[str, str]]]]
 """Tells what a gauge stands at, each value with its attributes. Called from any thread."""
@@ -24,6 +26,45 @@ class Tally:
     def __init__(self, attributes: Mapping[str, str]) -> None:
         self.attributes = attributes
         self.value = 0
+
+
+class AgentCounts:
+    """What is counted of the turns of one agent, made once for all of them.
+
+    Attributes:
+        attributes: What tells the agent apart.
+        turns: By how they ended.
+        attempts: By how they ended.
+        tokens: Tokens stored.
+        appends: Records appended.
+        bytes: Their bytes.
+        text: The characters of text among these.
+    """
+
+    def __init__(self, instruments: Instruments, agent: str) -> None:
+        self.attributes = {Attr.AGENT: agent}
+        self.turns = _Outcomes(instruments, "turns", self.attributes)
+        self.attempts = _Outcomes(instruments, "attempts", self.attributes)
+        self.tokens = instruments.tally("tokens", self.attributes)
+        self.appends = instruments.tally("appends", self.attributes)
+        self.bytes = instruments.tally("append_bytes", self.attributes)
+        self.text = instruments.tally("text_bytes", self.attributes)
+
+
+class _Outcomes(dict[str, Tally]):
+    """A count for each outcome; those that there may be are there from the beginning."""
+
+    def __init__(self, instruments: Instruments, key: str, attributes: Mapping[str, str]) -> None:
+        super().__init__()
+        self._instruments = instruments
+        self._key = key
+        self._attributes = attributes
+        for outcome in METRICS[key].outcomes:
+            self[outcome]
+
+    def __missing__(self, outcome: str) -> Tally:
+        tally = self[outcome] = self._instruments.tally(self._key, {**self._attributes, Attr.OUTCOME: outcome})
+        return tally
 
 
 class Instruments:
@@ -40,6 +81,7 @@ class Instruments:
         self._histograms: dict[str, Histogram] = {}
         self._levels: dict[str, list[Levels]] = {}
         self._tallies: dict[str, dict[tuple[tuple[str, str], ...], Tally]] = {}
+        self._agents: dict[str, AgentCounts] = {}
         meter = metrics.get_meter(SCOPE, version, meter_provider=provider)
         for key, metric in METRICS.items():
             self._make(meter, key, metric)
@@ -68,15 +110,43 @@ class Instruments:
 
     def add(self, key: str, attributes: Mapping[str, str]) -> None:
         """Count an event."""
-        self._counters[key].add(1, attributes)
+        self._add(key, 1, attributes)
 
     def expect(self, key: str, attributes: Mapping[str, str]) -> None:
-        """Let the count of a rare event stand at 0 from the beginning: only then is the first one an increase."""
-        self._counters[key].add(0, attributes)
+        """Let a count stand at 0 from the beginning, of each outcome: only then is the first event an increase."""
+        for outcome in METRICS[key].outcomes:
+            self._add(key, 0, {**attributes, Attr.OUTCOME: outcome})
+        if not METRICS[key].outcomes:
+            self._add(key, 0, attributes)
 
-    def record(self, key: str, value: float, attributes: Mapping[str, str | int] | None = None) -> None:
-        """Record an observation of a histogram; one that a clock set back made negative counts as 0."""
-        self._histograms[key].record(max(value, 0.0), attributes)
+    def _add(self, key: str, count: int, attributes: Mapping[str, str]) -> None:
+        try:
+            self._counters[key].add(count, attributes)
+        except Exception:
+            lost(METRICS[key].name)
+
+    def record(
+        self,
+        key: str,
+        value: float,
+        attributes: Mapping[str, str | int] | None = None,
+        context: Context | None = None,
+    ) -> None:
+        """Record an observation of a histogram; one that a clock set back made negative counts as 0.
+
+        It leads to the span of ``context``, default the current one.
+        """
+        try:
+            self._histograms[key].record(max(value, 0.0), attributes, context)
+        except Exception:
+            lost(METRICS[key].name)
+
+    def of(self, agent: str) -> AgentCounts:
+        """Return the counts of an agent's turns; they stand at 0 from the first call on."""
+        counts = self._agents.get(agent)
+        if counts is None:
+            counts = self._agents[agent] = AgentCounts(self, agent)
+        return counts
 
     def tally(self, key: str, attributes: Mapping[str, str] | None = None) -> Tally:
         """Return the count of these attributes, to be added to."""

@@ -7,9 +7,21 @@ what docs/observability.md lists, and what the dashboard and the alerts in ``dep
 from __future__ import annotations
 
 import enum
+from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
-__all__ = ["METRICS", "SAMPLE", "SCOPE", "Attr", "Link", "Metric", "SpanEvent", "prometheus_name"]
+__all__ = [
+    "ATTEMPT_OUTCOMES",
+    "METRICS",
+    "SAMPLE",
+    "SCOPE",
+    "TURN_OUTCOMES",
+    "Attr",
+    "Link",
+    "Metric",
+    "SpanEvent",
+    "prometheus_name",
+]
 
 SCOPE = "agentrun"
 """Name of the tracer and of the meter."""
@@ -85,6 +97,7 @@ class Metric(NamedTuple):
         help: What it means.
         attributes: What it is told apart by.
         buckets: Of a histogram, in its unit.
+        outcomes: Of a counter that is told apart by `Attr.OUTCOME`: those that there may be.
     """
 
     name: str
@@ -93,14 +106,60 @@ class Metric(NamedTuple):
     help: str
     attributes: tuple[str, ...] = ()
     buckets: tuple[float, ...] = ()
+    outcomes: tuple[str, ...] = ()
 
 
-_FAST = (0.0005, 0.001, 0.002, 0.003, 0.005, 0.0075, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
-_SLOW = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0)
+# Finest where most of what is measured lies, and on to where a timeout ends it.
+_APPEND = (
+    0.0002,
+    0.0005,
+    0.001,
+    0.002,
+    0.003,
+    0.005,
+    0.0075,
+    0.01,
+    0.025,
+    0.05,
+    0.1,
+    0.25,
+    0.5,
+    1.0,
+    2.5,
+    5.0,
+    10.0,
+    30.0,
+)
+_REQUEST = (0.001, 0.002, 0.003, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
+_GAP = (0.002, 0.005, 0.0075, 0.01, 0.015, 0.02, 0.03, 0.04, 0.05, 0.075, 0.1, 0.15, 0.25, 0.5, 1.0, 2.5, 10.0)
+_FIRST = (0.01, 0.025, 0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 5.0, 10.0, 30.0, 60.0, 300.0, 600.0, 3600.0)
+_WAIT = (0.001, 0.0025, 0.005, 0.01, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0, 3600.0)
+_TURN = (0.01, 0.05, 0.1, 0.25, 0.5, 1.0, 2.0, 3.0, 5.0, 10.0, 20.0, 30.0, 60.0, 120.0, 300.0, 600.0, 3600.0)
 _SIZES = (1.0, 2.0, 3.0, 5.0, 8.0, 13.0, 21.0, 34.0, 55.0, 100.0, 250.0, 1000.0)
 
 SAMPLE = 64
 """Of so many appends of tokens one is timed: an observation costs ten microseconds, all else of an append one."""
+
+
+_ENDS = ("completed", "cancelled", "failed", "expired")
+TURN_OUTCOMES = (*_ENDS, "consumed", "rejected")
+"""How turns end: as their last event says, or without being run."""
+ATTEMPT_OUTCOMES = (*_ENDS, "suspended", "retrying", "released", "fenced", "abandoned")
+"""How attempts end."""
+_SEND_OUTCOMES = ("ok", "IdTaken", "InvalidInput", "QueueFull", "SessionBusy", "TooLarge", "Unavailable")
+
+_MEANING = {
+    "consumed": "by a running turn that it steers",
+    "rejected": "it cannot be used",
+    "released": "handed over by a worker that drains",
+    "fenced": "another worker took over",
+    "abandoned": "cut off by an error in the worker",
+}
+
+
+def _list(outcomes: Sequence[str]) -> str:
+    *most, last = [f"{name} ({_MEANING[name]})" if name in _MEANING else name for name in outcomes]
+    return f"{', '.join(most)} or {last}"
 
 
 class _Metrics:
@@ -109,10 +168,11 @@ class _Metrics:
     # What workers say.
     turns = Metric(
         "agentrun.turns",
-        "event counter",
+        "counter",
         "{turn}",
-        "Turns that ended, by how: completed, cancelled, failed or expired.",
+        f"Turns that ended, by how: {_list(TURN_OUTCOMES)}.",
         (Attr.AGENT, Attr.OUTCOME),
+        outcomes=TURN_OUTCOMES,
     )
     turn_duration = Metric(
         "agentrun.turn.duration",
@@ -120,15 +180,15 @@ class _Metrics:
         "s",
         "From the request's being stored to the turn's end, waiting and all attempts included.",
         (Attr.AGENT, Attr.OUTCOME),
-        _SLOW,
+        _TURN,
     )
     attempts = Metric(
         "agentrun.attempts",
-        "event counter",
+        "counter",
         "{attempt}",
-        "Attempts that ended, by how: as a turn ends, or suspended, retrying, released (handed over by a worker that "
-        "drains) or fenced (another worker took over).",
+        f"Attempts that ended, by how: {_list(ATTEMPT_OUTCOMES)}.",
         (Attr.AGENT, Attr.OUTCOME),
+        outcomes=ATTEMPT_OUTCOMES,
     )
     queue_wait = Metric(
         "agentrun.queue.wait",
@@ -136,7 +196,7 @@ class _Metrics:
         "s",
         "From an input's being stored to the claim by a worker: of a turn's request, or of the answer that woke it.",
         (Attr.AGENT,),
-        _SLOW,
+        _WAIT,
     )
     first_token = Metric(
         "agentrun.time_to_first_token",
@@ -144,7 +204,7 @@ class _Metrics:
         "s",
         "From the request's being stored to the first token's being stored, of first attempts.",
         (Attr.AGENT,),
-        _SLOW,
+        _FIRST,
     )
     token_gap = Metric(
         "agentrun.time_between_tokens",
@@ -152,7 +212,7 @@ class _Metrics:
         "s",
         "Time between two tokens, the mean of an attempt; recorded once for each attempt with two tokens or more.",
         (Attr.AGENT,),
-        _FAST,
+        _GAP,
     )
     takeovers = Metric(
         "agentrun.takeovers",
@@ -201,7 +261,7 @@ class _Metrics:
         "From an append's being sent to its being acknowledged, by kind of record and outcome; of what workers append. "
         f"Of appends of tokens that succeed, one in {SAMPLE}.",
         (Attr.KIND, Attr.OUTCOME),
-        _FAST,
+        _APPEND,
     )
     running = Metric("agentrun.worker.running", "gauge", "{turn}", "Turns this worker has in hand.", (Attr.AGENT,))
     slots = Metric(
@@ -239,9 +299,10 @@ class _Metrics:
         "{turn}",
         "Turns sent, by outcome: ok, or the error's name.",
         (Attr.AGENT, Attr.OUTCOME),
+        outcomes=_SEND_OUTCOMES,
     )
     send_duration = Metric(
-        "agentrun.send.duration", "histogram", "s", "From the call to the turn's being stored.", (Attr.AGENT,), _FAST
+        "agentrun.send.duration", "histogram", "s", "From the call to the turn's being stored.", (Attr.AGENT,), _APPEND
     )
     cancel_duration = Metric(
         "agentrun.cancel.duration",
@@ -249,7 +310,7 @@ class _Metrics:
         "s",
         "From a stop to its receipt, by what that says.",
         (Attr.RECEIPT,),
-        _FAST,
+        _REQUEST,
     )
     # What gateways say.
     http_duration = Metric(
@@ -258,7 +319,7 @@ class _Metrics:
         "s",
         "HTTP requests; of a stream, until its headers are sent.",
         (Attr.HTTP_METHOD, Attr.HTTP_ROUTE, Attr.HTTP_STATUS),
-        _FAST,
+        _REQUEST,
     )
     readers = Metric("agentrun.gateway.readers", "gauge", "{reader}", "Streams, long polls and sockets that read.")
     watched = Metric("agentrun.gateway.sessions", "gauge", "{session}", "Sessions with a subscription at the broker.")

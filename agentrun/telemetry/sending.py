@@ -7,12 +7,13 @@ from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 
 from opentelemetry import context, trace
-from opentelemetry.trace import Span, SpanKind, Status, StatusCode
+from opentelemetry.trace import SpanKind
 
 from agentrun import wire
 from agentrun.telemetry import Telemetry
 from agentrun.telemetry.context import carried, span_of
 from agentrun.telemetry.names import Attr
+from agentrun.telemetry.spans import Told
 
 __all__ = ["answering", "sending", "stopping"]
 
@@ -20,7 +21,7 @@ __all__ = ["answering", "sending", "stopping"]
 @contextmanager
 def sending(
     telemetry: Telemetry, system: str, session: str, request: wire.TurnRequested, given: Mapping[str, str]
-) -> Generator[Span]:
+) -> Generator[Told]:
     """The sending of a turn, whose trace fields are set; ``given`` are those of who sends it, if he names any."""
     attributes = {
         Attr.SYSTEM: system,
@@ -52,7 +53,7 @@ def sending(
 
 
 @contextmanager
-def answering(telemetry: Telemetry, system: str, session: str, answer: wire.TurnAnswer) -> Generator[Span]:
+def answering(telemetry: Telemetry, system: str, session: str, answer: wire.TurnAnswer) -> Generator[Told]:
     """The answering of a question; the trace fields of the answer are set."""
     attributes = _attributes(system, "answer", session, answer.turn) | {Attr.REQUEST: answer.request}
     with _span(telemetry, "answer", SpanKind.PRODUCER, attributes, {}) as span:
@@ -72,13 +73,13 @@ def stopping(telemetry: Telemetry, system: str, session: str, stop: wire.TurnCan
 
 
 class _Stopping:
-    def __init__(self, telemetry: Telemetry, span: Span) -> None:
+    def __init__(self, telemetry: Telemetry, span: Told) -> None:
         self._telemetry = telemetry
         self._span = span
 
     def receipt(self, status: str, offset: int, took: float) -> None:
         """Say what became of it."""
-        self._span.set_attributes({Attr.RECEIPT: status, Attr.OFFSET: offset})
+        self._span.set({Attr.RECEIPT: status, Attr.OFFSET: offset})
         self._telemetry.instruments.record("cancel_duration", took, {Attr.RECEIPT: status})
 
 
@@ -97,19 +98,18 @@ def _attributes(system: str, operation: str, session: str, turn: str | None) -> 
 @contextmanager
 def _span(
     telemetry: Telemetry, name: str, kind: SpanKind, attributes: Mapping[str, str], given: Mapping[str, str]
-) -> Generator[Span]:
+) -> Generator[Told]:
     """A span as the current one, below the one that ``given`` names, or else below the current one.
 
     Of an error its type is told, and nothing that may be content.
     """
     parent = span_of(given) if given else context.get_current()
-    span = telemetry.tracer.start_span(name, parent, kind, attributes)
-    token = context.attach(trace.set_span_in_context(span, parent))
+    span = telemetry.spans.begin(name, parent, kind, attributes)
+    token = context.attach(trace.set_span_in_context(span.span, parent))
     try:
         yield span
     except BaseException as error:
-        span.set_attribute(Attr.ERROR_TYPE, type(error).__name__)
-        span.set_status(Status(StatusCode.ERROR))
+        span.failed(type(error).__name__)
         raise
     finally:
         context.detach(token)

@@ -9,6 +9,7 @@ from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
 from typing import Any
 
+import anyio
 import nats
 import pytest
 
@@ -246,11 +247,23 @@ async def test_a_wrong_password_ends_soon_and_is_not_shown() -> None:
     settings = "authorization { user: ann, password: right }"
     async with NatsServer(settings=settings) as server:
         url = server.url.replace("://", "://ann:s3cret@")
-        with pytest.raises(Unavailable, match=f"127.0.0.1:{server.port}") as caught:
-            async with NatsBroker(url, connect_timeout=1.0):
+        with anyio.fail_after(20), pytest.raises(Unavailable, match=f"127.0.0.1:{server.port}") as caught:
+            async with NatsBroker(url, connect_timeout=120.0):
                 pass
         assert "s3cret" not in str(caught.value)
         assert "Authorization" in str(caught.value)
+        assert "agentrun dev" not in str(caught.value)  # it runs
+
+
+async def test_of_several_servers_one_that_refuses_is_not_the_last_word() -> None:
+    settings = "authorization { user: ann, password: right }"
+    async with NatsServer(settings=settings) as strict, NatsServer() as open_to_all:
+        wrong, away = strict.url.replace("://", "://ann:s3cret@"), "nats://127.0.0.1:1"
+        async with NatsBroker(f"{wrong},{open_to_all.url}", check=False, connect_timeout=20.0):
+            pass
+        with anyio.fail_after(20), pytest.raises(Unavailable, match="Authorization"):
+            async with NatsBroker(f"{wrong},{away}", connect_timeout=120.0):
+                pass
 
 
 async def test_no_server_is_told_within_the_connect_timeout() -> None:

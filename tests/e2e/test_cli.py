@@ -13,8 +13,8 @@ import click
 import pytest
 from click.testing import CliRunner
 
-from agentrun.cli import main
-from tests.e2e.processes import ROOT, Cli, environment, new_cli, one_line
+from agentrun.cli import admin, main
+from tests.e2e.processes import ROOT, Cli, environment, new_cli, one_line, within
 
 # ------------------------------------------------------------------------------------------------------- send
 
@@ -215,6 +215,18 @@ def test_sessions_are_listed_newest_first(cli: Cli) -> None:
     assert not any(s["busy"] for s in cli.within("sessions", "--json").json["sessions"])
     shown = cli.within("sessions", "--limit", "1").out.splitlines()
     assert [line.split()[0] for line in shown] == ["session", "b"]
+
+
+def test_that_there_are_more_sessions_than_are_looked_at_is_said(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("a", "b", "c"):
+        cli.run("send", name, "hi", "--agent", "echo", "--no-follow")
+    where = {"AGENTRUN_URL": cli.url, "AGENTRUN_NAMESPACE": cli.namespace}
+    whole = within("sessions", "--json", env=where)
+    assert (len(whole.json["sessions"]), whole.json["cut"], whole.err) == (3, False, "")
+    monkeypatch.setattr(admin, "LOOKED_AT", 2)
+    part = within("sessions", "--json", env=where)
+    assert (len(part.json["sessions"]), part.json["cut"]) == (2, True)
+    assert part.err == "2 sessions were looked at, there may be more\n"
 
 
 def test_delete_wants_to_be_sure(shared: Cli, session: str) -> None:

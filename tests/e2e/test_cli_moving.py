@@ -120,6 +120,41 @@ def test_an_import_to_which_nothing_comes_ends_with_ctrl_c(file: Cli) -> None:
         assert process.stderr.read() == b""
 
 
+def test_an_export_that_nobody_takes_ends_with_ctrl_c(file: Cli) -> None:
+    file.send("s", "x" * 200_000, "t1")
+    process = subprocess.Popen(
+        [sys.executable, "-m", "agentrun", "--url", file.url, "export", "s"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    with process:
+        assert process.stdout is not None
+        until = time.monotonic() + 30
+        while fionread(process.stdout.fileno()) < 60_000 and time.monotonic() < until:
+            time.sleep(0.02)
+        process.send_signal(signal.SIGINT)
+        try:
+            assert process.wait(20) == 130
+        finally:
+            process.kill()
+
+
+def test_an_export_that_is_taken_slowly_is_whole(file: Cli) -> None:
+    file.send("s", "x" * 200_000, "t1")
+    whole = file.run("export", "s").out
+    process = subprocess.Popen(
+        [sys.executable, "-m", "agentrun", "--url", file.url, "export", "s"], stdout=subprocess.PIPE
+    )
+    with process:
+        assert process.stdout is not None
+        taken = b""
+        while piece := process.stdout.read(20_000):
+            taken += piece
+            time.sleep(0.02)
+        assert process.wait(20) == 0
+    assert taken.decode().splitlines()[1:] == whole.splitlines()[1:]  # the first one has the time
+
+
 def fionread(pipe: int) -> int:
     """How many bytes in the pipe nobody has taken yet."""
     return struct.unpack("i", fcntl.ioctl(pipe, termios.FIONREAD, b"\0" * 4))[0]

@@ -50,6 +50,10 @@ class Seen:
                         found.setdefault(metric.name, {})[at] = value
         return found
 
+    def counted(self, name: str) -> dict[tuple[tuple[str, object], ...], float]:
+        """What an instrument has counted, without what still stands at 0."""
+        return {at: value for at, value in self.metrics().get(name, {}).items() if value}
+
 
 @pytest.fixture
 def seen() -> Seen:

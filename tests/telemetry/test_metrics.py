@@ -2,24 +2,30 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 
 import anyio
+import httpx
+import prometheus_client
 import pytest
+from opentelemetry.exporter.prometheus import PrometheusMetricReader
 from opentelemetry.sdk.metrics import MeterProvider
 from opentelemetry.sdk.metrics.export import InMemoryMetricReader
 
-from agentrun import TurnFailed, wire
+from agentrun import TurnFailed, errors, wire
 from agentrun.agent import Context, agent
 from agentrun.broker import Broker, Kind
+from agentrun.client import Client
 from agentrun.errors import Conflict
+from agentrun.gateway import Auth, Gateway
 from agentrun.telemetry import Telemetry
 from agentrun.telemetry.broker import ObservedBroker
-from agentrun.telemetry.names import METRICS, SAMPLE
-from agentrun.testing import CHECKS, Environment, MemoryEnvironment, Settings, run_contract
+from agentrun.telemetry.names import ATTEMPT_OUTCOMES, METRICS, SAMPLE, TURN_OUTCOMES, prometheus_name
+from agentrun.testing import CHECKS, Environment, MemoryEnvironment, Settings, memory_environments, run_contract
 from tests.telemetry.conftest import Seen
-from tests.worker.fleet import Fleet, eventually
+from tests.worker.fleet import Fleet, eventually, fleet_on
 
 AGENT = ("gen_ai.agent.name", "talk")
 
@@ -41,11 +47,11 @@ async def test_a_turn_is_counted(seen: Seen, fleet: Fleet) -> None:
     worker = await fleet.worker(talk, concurrency=7)
     turn = await fleet.session("s", "talk").send("go")
     text = (await turn.result(10)).text
-    await eventually(lambda: "agentrun.turns" in seen.metrics())
+    await eventually(lambda: bool(seen.counted("agentrun.turns")))
     metrics = seen.metrics()
     deltas = [r for r, e in await fleet.records() if isinstance(e, wire.TextDelta)]
     assert metrics["agentrun.sends"] == {outcome("ok"): 1}
-    assert metrics["agentrun.turns"] == metrics["agentrun.attempts"] == {outcome("completed"): 1}
+    assert seen.counted("agentrun.turns") == seen.counted("agentrun.attempts") == {outcome("completed"): 1}
     for name in ("agentrun.queue.wait", "agentrun.time_to_first_token", "agentrun.time_between_tokens"):
         assert metrics[name] == {(AGENT,): 1}, name
     assert metrics["agentrun.turn.duration"] == {outcome("completed"): 1}
@@ -62,11 +68,77 @@ async def test_a_turn_is_counted(seen: Seen, fleet: Fleet) -> None:
     assert metrics["agentrun.worker.slots"] == {(AGENT,): 7}
     assert metrics["agentrun.queue.waiting"] == {(AGENT,): 0}
     assert metrics["agentrun.queue.leased"] == {(AGENT,): 0}
-    for name in ("agentrun.takeovers", "agentrun.fenced", "agentrun.dead_turns"):
-        assert metrics[name] == {(AGENT,): 0}, f"the first {name} would be no increase"
     worker.worker.drain()
     await worker.ended.wait()
     assert "agentrun.worker.slots" not in seen.metrics()  # of a worker that is gone nothing is told
+
+
+COUNTERS = [metric for metric in METRICS.values() if metric.kind.endswith("counter")]
+
+
+async def test_counts_begin_at_0_or_their_first_events_would_be_no_increase(seen: Seen, fleet: Fleet) -> None:
+    await fleet.worker(talk)
+    async with Gateway(fleet.client, auth=Auth.insecure(), telemetry=seen.telemetry):
+        await eventually(lambda: {metric.name for metric in COUNTERS} <= {*seen.metrics()})
+        metrics = seen.metrics()
+    for metric in COUNTERS:
+        ends = [outcome(name) for name in metric.outcomes] if metric.outcomes else [(AGENT,)]
+        assert metrics[metric.name] == dict.fromkeys(ends if metric.attributes else [()], 0), metric.name
+
+
+async def test_what_prometheus_reads_begins_at_0() -> None:
+    meters = MeterProvider([PrometheusMetricReader()])
+    server, thread = prometheus_client.start_http_server(0, "127.0.0.1")
+    try:
+        async with (
+            memory_environments(Settings()) as environment,
+            fleet_on(environment, Telemetry(meter_provider=meters)) as fleet,
+            httpx.AsyncClient() as http,
+        ):
+            await fleet.worker(talk)
+
+            async def read(series: str) -> list[str]:
+                page = await http.get(f"http://127.0.0.1:{server.server_port}/metrics")
+                return [line.rpartition(" ")[2] for line in page.text.splitlines() if line.startswith(series)]
+
+            for metric in (METRICS["turns"], METRICS["attempts"], METRICS["fenced"], METRICS["tokens"]):
+                values = await read(f"{prometheus_name(metric)}{{")
+                assert values == ["0.0"] * max(1, len(metric.outcomes)), metric.name
+            await (await fleet.session("s", "talk").send("go")).result(10)
+            done = ""
+            with anyio.fail_after(10):
+                while done != "1.0":
+                    (done,) = await read('agentrun_turns_total{agentrun_outcome="completed"')
+    finally:
+        meters.shutdown()
+        server.shutdown()
+        server.server_close()
+        thread.join()
+
+
+async def test_sends_to_the_agent_of_a_client_are_counted_from_0_on(seen: Seen, fleet: Fleet) -> None:
+    client = Client(fleet.broker, agent="talk", telemetry=seen.telemetry)
+    assert set(seen.metrics()["agentrun.sends"].values()) == {0}
+    await client.session("s").send("go")
+    fleet.sessions.add("s")
+    assert seen.counted("agentrun.sends") == {outcome("ok"): 1}
+
+
+def test_outcomes_are_those_that_events_tell_of() -> None:
+    def words(*events: type[wire.OutputEvent]) -> set[str]:
+        return {str(event.__struct_config__.tag).removeprefix("turn.") for event in events}
+
+    ends = words(*wire.TERMINAL)
+    pauses = words(wire.TurnSuspended, wire.TurnRetrying, wire.TurnReleased)
+    assert ends < {*TURN_OUTCOMES}
+    assert ends | pauses < {*ATTEMPT_OUTCOMES}
+    for name in METRICS["sends"].outcomes[1:]:
+        assert issubclass(getattr(errors, name), errors.AgentrunError)
+
+
+@pytest.mark.parametrize("key", ["turns", "attempts"])
+def test_what_a_metric_means_names_each_outcome(key: str) -> None:
+    assert set(METRICS[key].outcomes) <= set(re.findall(r"\w+", METRICS[key].help))
 
 
 async def test_what_is_measured_of_a_turn_leads_to_its_trace(seen: Seen, fleet: Fleet) -> None:
@@ -84,7 +156,7 @@ async def test_what_is_measured_of_a_turn_leads_to_its_trace(seen: Seen, fleet: 
     }
     (process,) = [span for span in seen.spans.get_finished_spans() if span.name == "process talk"]
     assert process.context
-    for name in ("queue.wait", "time_to_first_token", "time_between_tokens", "turn.duration", "turns", "attempts"):
+    for name in ("queue.wait", "time_to_first_token", "time_between_tokens", "turn.duration"):
         assert exemplars[f"agentrun.{name}"] == {process.context.trace_id}, name
 
 
@@ -108,12 +180,11 @@ async def test_a_turn_that_gives_up(seen: Seen, fleet: Fleet) -> None:
     await fleet.worker(talk, max_attempts=2)
     with pytest.raises(TurnFailed):
         await (await fleet.session("s", "talk").send("fail")).result(10)
-    await eventually(lambda: "agentrun.turns" in seen.metrics())
-    metrics = seen.metrics()
-    assert metrics["agentrun.turns"] == {outcome("failed"): 1}
-    assert metrics["agentrun.attempts"] == {outcome("retrying"): 1, outcome("failed"): 1}
-    assert metrics["agentrun.dead_turns"] == {(AGENT,): 1}
-    assert "agentrun.time_to_first_token" not in metrics
+    await eventually(lambda: bool(seen.counted("agentrun.turns")))
+    assert seen.counted("agentrun.turns") == {outcome("failed"): 1}
+    assert seen.counted("agentrun.attempts") == {outcome("retrying"): 1, outcome("failed"): 1}
+    assert seen.counted("agentrun.dead_turns") == {(AGENT,): 1}
+    assert "agentrun.time_to_first_token" not in seen.metrics()
 
 
 async def test_an_attempt_that_is_fenced_off(seen: Seen, fleet: Fleet) -> None:
@@ -127,11 +198,10 @@ async def test_an_attempt_that_is_fenced_off(seen: Seen, fleet: Fleet) -> None:
     await fleet.until("text.delta")
     await fleet.client.session("s").delete()
     fleet.sessions.clear()
-    await eventually(lambda: "agentrun.attempts" in seen.metrics())
-    metrics = seen.metrics()
-    assert metrics["agentrun.fenced"] == {(AGENT,): 1}
-    assert metrics["agentrun.attempts"] == {outcome("fenced"): 1}
-    assert "agentrun.turns" not in metrics
+    await eventually(lambda: bool(seen.counted("agentrun.attempts")))
+    assert seen.counted("agentrun.fenced") == {(AGENT,): 1}
+    assert seen.counted("agentrun.attempts") == {outcome("fenced"): 1}
+    assert seen.counted("agentrun.turns") == {}
 
 
 @pytest.mark.parametrize("kind", [Kind.CANCEL, Kind.DELTA])
@@ -177,6 +247,32 @@ async def test_the_contract_holds_through_the_wrapper() -> None:
     checks = [c for c in CHECKS if "operator" not in c.name]
     outcomes = await run_contract(environments, checks, at_once=10)
     assert {o.check.name: o.error for o in outcomes if o.error} == {}
+
+
+@pytest.mark.parametrize(
+    ("key", "apart"),
+    [
+        ("token_gap", (0.001, 0.005, 0.01, 0.015, 0.02, 0.03, 0.05, 0.08, 0.2)),  # 200 to 5 tokens a second
+        ("append_duration", (0.0002, 0.0005, 0.001, 0.002, 0.01, 1, 20, 40)),  # a broker beside us, one that is away
+        ("send_duration", (0.0005, 0.001, 0.002, 0.01, 1, 20)),
+        ("queue_wait", (0.001, 0.002, 0.005, 1, 60, 120, 600, 3000)),  # an idle fleet, one that is overrun
+        ("first_token", (0.2, 0.3, 0.5, 1, 1.5, 2, 60, 600)),
+        ("turn_duration", (0.5, 1, 2, 5, 10, 20, 60, 600, 3000)),
+        ("cancel_duration", (0.001, 0.003, 0.01, 1, 5, 8)),  # 5 s is what a stop waits for its receipt
+        ("http_duration", (0.001, 0.002, 0.005, 1, 10, 25)),  # a long poll
+    ],
+)
+def test_what_an_operator_would_tell_apart_falls_into_buckets_of_its_own(
+    seen: Seen, key: str, apart: tuple[float, ...]
+) -> None:
+    for value in apart:
+        seen.telemetry.instruments.record(key, value)
+    data = seen.reader.get_metrics_data()
+    assert data is not None
+    (metric,) = [m for r in data.resource_metrics for s in r.scope_metrics for m in s.metrics if m.data.data_points]
+    (point,) = metric.data.data_points
+    assert metric.name == METRICS[key].name
+    assert sorted(point.bucket_counts, reverse=True)[: len(apart) + 1] == [1] * len(apart) + [0]
 
 
 def test_nothing_is_collected_where_no_provider_is_set() -> None:

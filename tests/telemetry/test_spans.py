@@ -201,7 +201,7 @@ async def test_a_turn_stopped_while_it_waits_has_its_span_too(seen: Seen, fleet:
           process plain #0 cancelled cancel (stopped) [stop: cancel]
         cancel cancelled
     """)
-    assert seen.metrics()["agentrun.turns"] == {(("agentrun.outcome", "cancelled"), ("gen_ai.agent.name", "plain")): 1}
+    assert seen.counted("agentrun.turns") == {(("agentrun.outcome", "cancelled"), ("gen_ai.agent.name", "plain")): 1}
 
 
 async def test_an_interrupt_and_a_steer_are_told(seen: Seen, fleet: Fleet) -> None:
