@@ -1,0 +1,141 @@
+"""What the queue has given out and no living worker holds: looked for, and handed over (design.md, D22).
+
+Whoever dies is handed over by those who knew what it held. They may have died with it; or nobody ever knew, because the
+broker gave an input to a process that was already gone, or a message that gave one back was lost. Such an input stands
+still until its lease runs out, unless somebody asks the queue.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Awaitable, Callable, Mapping, Set
+from typing import NamedTuple
+
+import anyio
+
+from agentrun.broker import Broker, Hold, SessionLog, Tail
+from agentrun.errors import AgentrunError, SessionGone
+
+log = logging.getLogger("agentrun.worker")
+
+Key = tuple[str, int]
+"""An input: its session, and its offset there."""
+
+AGREED = 2
+"""Looks that must find an input so before it is handed over; one more for each worker that looks before this one."""
+
+_AT_ONCE = 8
+_REST = 10
+"""A look is followed by a pause of so many times as long as it took."""
+
+
+class _Suspect(NamedTuple):
+    hold: Hold
+    tail: Tail
+    """The session's end when the input was first found so."""
+    looks: int
+
+
+class Orphans:
+    """Looks again and again for inputs that nobody alive holds.
+
+    Of the workers that could, only a few look: what it costs does not grow with the fleet.
+
+    Args:
+        broker: The worker's.
+        every: Seconds between two looks, at the least.
+        places: The agents whose inputs are to be looked for now, and how many workers look before this one.
+        held: What the living hold.
+        hand_over: Hands an input over, unless the log says that it is not to be; logs its own failures.
+    """
+
+    def __init__(
+        self,
+        broker: Broker,
+        *,
+        every: float,
+        places: Callable[[], Mapping[str, int]],
+        held: Callable[[], Set[Key]],
+        hand_over: Callable[[Hold], Awaitable[None]],
+    ) -> None:
+        self._broker = broker
+        self._every = every
+        self._places = places
+        self._held = held
+        self._hand_over = hand_over
+        self._slots = anyio.Semaphore(_AT_ONCE)
+        self._suspects: dict[Key, _Suspect] = {}
+        self._settled: set[Key] = set()
+        """Of what the queue still names, what the log has settled: some brokers cannot tell."""
+        self._under_way: set[Key] = set()
+
+    async def run(self) -> None:
+        """Look for ever."""
+        pause = self._every
+        async with anyio.create_task_group() as group:
+            while True:
+                await anyio.sleep(pause)
+                began = time.monotonic()
+                try:
+                    orphans = await self._look()
+                except AgentrunError as error:
+                    log.warning("what nobody holds any more cannot be found out, and is tried again: %s", error)
+                    orphans = []
+                if orphans:
+                    log.warning("no worker holds %d inputs that were given out: handing them over", len(orphans))
+                for hold in orphans:
+                    self._under_way.add((hold.session, hold.offset))
+                    group.start_soon(self._adopt, hold)
+                pause = max(self._every, _REST * (time.monotonic() - began))
+
+    async def _adopt(self, hold: Hold) -> None:
+        try:
+            await self._hand_over(hold)
+        finally:
+            self._under_way.discard((hold.session, hold.offset))
+
+    async def _look(self) -> list[Hold]:
+        """Look once; return what is to be handed over."""
+        places = self._places()
+        given: dict[Key, Hold] = {}
+        for agent in places:
+            given |= {(hold.session, hold.offset): hold for hold in await self._broker.turns.given_out(agent)}
+        # A session that was deleted and begun again may have another input there: it waits until its lease runs out.
+        self._settled &= given.keys()
+        known = self._held() | self._settled | self._under_way
+        before, self._suspects = self._suspects, {}
+        async with anyio.create_task_group() as group:
+            for key, hold in given.items():
+                if key not in known:
+                    group.start_soon(self._examine, key, hold, before.get(key))
+        found = [s.hold for s in self._suspects.values() if s.looks >= AGREED + places[s.hold.agent]]
+        for hold in found:
+            del self._suspects[hold.session, hold.offset]
+        return found
+
+    async def _examine(self, key: Key, hold: Hold, before: _Suspect | None) -> None:
+        """Note it if it is pending, and nobody has written to its session."""
+        try:
+            async with self._slots:
+                tail = await self._broker.log.last(hold.session)
+                if hold.offset not in tail.pending:
+                    self._settled.add(key)
+                elif tail.pending.parked and tail.pending.ready(hold.offset):
+                    pass  # it waits for an answer, or a time
+                elif before is None or await wrote_since(self._broker.log, hold.session, before.tail):
+                    self._suspects[key] = _Suspect(hold, tail, 1)
+                else:
+                    self._suspects[key] = _Suspect(hold, before.tail, before.looks + 1)
+        except SessionGone:
+            self._settled.add(key)
+        except AgentrunError as error:
+            log.debug("session %s cannot be looked at, and is at the next look: %s", hold.session, error)
+            if before is not None:
+                self._suspects[key] = before
+
+
+async def wrote_since(log: SessionLog, session: str, tail: Tail) -> bool:
+    """Whether an owner has appended behind this end: it is not dead, or another one has the session."""
+    records = await log.read(session, after=tail.offset)
+    return any(not record.kind.input for record in records)
