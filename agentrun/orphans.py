@@ -8,7 +8,6 @@ still until its lease runs out, unless somebody asks the queue.
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Awaitable, Callable, Mapping, Set
 from typing import NamedTuple
 
@@ -26,8 +25,8 @@ AGREED = 2
 """Looks that must find an input so before it is handed over; one more for each worker that looks before this one."""
 
 _AT_ONCE = 8
-_REST = 10
-"""A look is followed by a pause of so many times as long as it took."""
+_SOON = 5
+"""What a pause is divided by while others look: soon after the last of them has died, the first look is over."""
 
 
 class _Suspect(NamedTuple):
@@ -44,7 +43,7 @@ class Orphans:
 
     Args:
         broker: The worker's.
-        every: Seconds between two looks, at the least.
+        every: Seconds between two looks: in this time whoever is alive says what it holds.
         places: The agents whose inputs are to be looked for now, and how many workers look before this one.
         held: What the living hold.
         hand_over: Hands an input over, unless the log says that it is not to be; logs its own failures.
@@ -72,22 +71,13 @@ class Orphans:
 
     async def run(self) -> None:
         """Look for ever."""
-        pause = self._every
         async with anyio.create_task_group() as group:
             while True:
-                await anyio.sleep(pause)
-                began = time.monotonic()
-                try:
-                    orphans = await self._look()
-                except AgentrunError as error:
-                    log.warning("what nobody holds any more cannot be found out, and is tried again: %s", error)
-                    orphans = []
-                if orphans:
-                    log.warning("no worker holds %d inputs that were given out: handing them over", len(orphans))
-                for hold in orphans:
+                places = self._places()
+                for hold in await self._look(places):
                     self._under_way.add((hold.session, hold.offset))
                     group.start_soon(self._adopt, hold)
-                pause = max(self._every, _REST * (time.monotonic() - began))
+                await anyio.sleep(self._every if places else self._every / _SOON)
 
     async def _adopt(self, hold: Hold) -> None:
         try:
@@ -95,12 +85,15 @@ class Orphans:
         finally:
             self._under_way.discard((hold.session, hold.offset))
 
-    async def _look(self) -> list[Hold]:
+    async def _look(self, places: Mapping[str, int]) -> list[Hold]:
         """Look once; return what is to be handed over."""
-        places = self._places()
         given: dict[Key, Hold] = {}
-        for agent in places:
-            given |= {(hold.session, hold.offset): hold for hold in await self._broker.turns.given_out(agent)}
+        try:
+            for agent in places:
+                given |= {(hold.session, hold.offset): hold for hold in await self._broker.turns.given_out(agent)}
+        except AgentrunError as error:
+            log.warning("what nobody holds any more cannot be found out, and is tried again: %s", error)
+            return []
         # A session that was deleted and begun again may have another input there: it waits until its lease runs out.
         self._settled &= given.keys()
         known = self._held() | self._settled | self._under_way
@@ -112,6 +105,8 @@ class Orphans:
         found = [s.hold for s in self._suspects.values() if s.looks >= AGREED + places[s.hold.agent]]
         for hold in found:
             del self._suspects[hold.session, hold.offset]
+        if found:
+            log.warning("no worker holds %d inputs that were given out: handing them over", len(found))
         return found
 
     async def _examine(self, key: Key, hold: Hold, before: _Suspect | None) -> None:

@@ -322,6 +322,8 @@ class Peers:
                     await self._broker.turns.hand_back(hold)
                 # It may be given to a worker that is dead as well: one that was stopped still waits at the queue.
                 await anyio.sleep(self._lost_after / 2)
+                if (hold.session, hold.offset) in self._held_by_the_living():
+                    return
                 async with self._slots:
                     tail = await self._broker.log.last(hold.session)
                 if tail.pending.running or not tail.pending.ready(hold.offset):

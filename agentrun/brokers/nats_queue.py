@@ -404,7 +404,6 @@ class NatsQueue:
             reply = await self._core.queue.api(f"CONSUMER.INFO.{stream}.{name}")
             if isinstance(reply, ApiError):
                 if reply.err_code in (_NO_CONSUMER, _NO_STREAM):
-                    self._named.pop((agent, partition), None)
                     continue
                 raise Unavailable(f"the queue of agent {agent} in {stream}: {reply.description}")
             consumer = msgspec.json.decode(reply, type=_Consumer)

@@ -167,6 +167,9 @@ class Witness:
         self.fleet = fleet
         self.handed_back: list[Hold] = []
         self.given: list[Hold] = []
+        self.held: list[Hold] = []
+        self.takes = False
+        """Whether the witness is given what it hands back."""
         self.looks = 0
         self.away = False
         inner = fleet.broker
@@ -176,6 +179,8 @@ class Witness:
                 if self.away:
                     raise Unavailable("there is no connection, as planned")
                 self.handed_back.append(hold)
+                if self.takes:
+                    self.held.append(hold._replace(token="another"))
 
             async def given_out(turns, _agent: str) -> Sequence[Hold]:  # noqa: N805
                 self.looks += 1
@@ -189,7 +194,7 @@ class Witness:
             "witness",
             lost_after=0.3,
             agents=["words"],
-            holds=list,
+            holds=lambda: self.held,
             alive=lambda: True,
         )
 
@@ -341,6 +346,17 @@ async def test_what_was_settled_is_left_alone(fleet: Fleet) -> None:
     assert await lost(fleet) == []
 
 
+@pytest.mark.parametrize("takes", [False, True])
+async def test_it_is_handed_back_again_until_somebody_alive_holds_it(fleet: Fleet, takes: bool) -> None:
+    await fleet.session(agent="words").send("x", id="t")
+    witness = Witness(fleet)
+    witness.takes = takes
+    hold = Hold("words", "s", 1, "token")
+    await witness.sees_die(hold)
+    assert (len(witness.handed_back) == 1) is takes
+    assert set(witness.handed_back) == {hold}
+
+
 async def test_what_could_not_be_handed_back_is_later(fleet: Fleet, caplog: pytest.LogCaptureFixture) -> None:
     session = fleet.session(agent="words")
     await session.send("x", id="t")
@@ -361,7 +377,6 @@ async def test_who_may_have_missed_what_others_hold_asks_and_takes_nothing(fleet
     await session.send("x", id="t")
     hold = await begin(fleet, session, "token")
     witness = Witness(fleet)
-    witness.given = [hold]
     asks: list[bool] = []
 
     async def hear(body: bytes) -> None:
@@ -376,16 +391,17 @@ async def test_who_may_have_missed_what_others_hold_asks_and_takes_nothing(fleet
         await says(whole=True)
         next(other)  # that it has been given the turn was lost on the way
         await says()
+        witness.given = [hold]
         witness.looks = 0
         asks.clear()
-        for _ in range(15):
-            await anyio.sleep(0.1)
+        for _ in range(30):
+            await anyio.sleep(0.05)
             await says()
         assert any(asks)
         assert witness.looks == 0
         await says(new=[hold], whole=True)
-        for _ in range(15):
-            await anyio.sleep(0.1)
+        for _ in range(30):
+            await anyio.sleep(0.05)
             await says()
         assert not asks[-1]
         assert witness.looks > 0
