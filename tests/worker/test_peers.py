@@ -292,6 +292,21 @@ async def test_what_was_handed_back_in_vain_is_found_at_any_time(fleet: Fleet) -
     assert line(running).injected["lose_settle"] == 1
 
 
+async def test_what_is_given_to_one_that_is_cut_off_is_found(fleet: Fleet) -> None:
+    first = await start(fleet, "first")
+    await start(fleet, "second")
+    await until_all_are_seen(fleet, 2)
+    line(first).disconnect()
+    # Some of them are given to the first: it was waiting for turns when its connection broke.
+    turns = [await fleet.session(f"s{n}", agent="words").send("go") for n in range(8)]
+    before = time.monotonic()
+    for turn in turns:
+        assert (await turn.result(20)).text == WHOLE
+    assert time.monotonic() - before < LEASE * 0.7
+    for n in range(8):
+        assert await lost(fleet, f"s{n}") == [], "it was not begun"
+
+
 async def test_the_oldest_leaves_alone_what_the_living_hold(fleet: Fleet) -> None:
     oldest = await fleet.worker(idle, name="oldest", lease=LEASE, lost_after=LOST_AFTER)
     running = [await start(fleet, name, concurrency=1) for name in ("first", "second")]
