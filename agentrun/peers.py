@@ -316,13 +316,14 @@ class Peers:
     async def _hand_back(self, hold: Hold, dead: _Peer | None) -> None:
         try:
             async with self._slots:
-                lost = await self._is_lost(hold, dead)
+                # It may have been given to somebody since it was found to be so.
+                lost = not self._is_held(hold) and await self._is_lost(hold, dead)
             for _ in range(_TRIES if lost else 0):
                 async with self._slots:
                     await self._broker.turns.hand_back(hold)
                 # It may be given to a worker that is dead as well: one that was stopped still waits at the queue.
                 await anyio.sleep(self._lost_after / 2)
-                if (hold.session, hold.offset) in self._held_by_the_living():
+                if self._is_held(hold):
                     return
                 async with self._slots:
                     tail = await self._broker.log.last(hold.session)
@@ -370,6 +371,9 @@ class Peers:
         older = [peer for peer in self._peers.values() if peer.began < self._presence.began]
         places = {agent: sum(agent in peer.agents for peer in older) for agent in self._names}
         return {agent: place for agent, place in places.items() if place < _LOOKERS}
+
+    def _is_held(self, hold: Hold) -> bool:
+        return (hold.session, hold.offset) in self._held_by_the_living()
 
     def _held_by_the_living(self) -> set[tuple[str, int]]:
         holds = itertools.chain(self._holds(), *(peer.holds.values() for peer in self._peers.values()))

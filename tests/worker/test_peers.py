@@ -372,6 +372,17 @@ async def test_it_is_handed_back_again_until_somebody_alive_holds_it(fleet: Flee
     assert set(witness.handed_back) == {hold}
 
 
+async def test_what_somebody_alive_has_been_given_since_is_left_to_it(fleet: Fleet) -> None:
+    session = fleet.session(agent="words")
+    await session.send("x", id="t")
+    hold = await begin(fleet, session, "token")
+    witness = Witness(fleet)
+    witness.held = [hold._replace(token="another")]
+    await witness.sees_die(hold)
+    assert witness.handed_back == []
+    assert await lost(fleet) == []
+
+
 async def test_what_could_not_be_handed_back_is_later(fleet: Fleet, caplog: pytest.LogCaptureFixture) -> None:
     session = fleet.session(agent="words")
     await session.send("x", id="t")
