@@ -87,6 +87,9 @@ class Orphans:
 
     async def _look(self, places: Mapping[str, int]) -> list[Hold]:
         """Look once; return what is to be handed over."""
+        if not places:
+            self._suspects = {}
+            return []
         given: dict[Key, Hold] = {}
         try:
             for agent in places:
@@ -114,7 +117,9 @@ class Orphans:
         try:
             async with self._slots:
                 tail = await self._broker.log.last(hold.session)
-                if hold.offset not in tail.pending:
+                if tail.offset < hold.offset:
+                    pass  # who answered lags behind, or the session was deleted
+                elif hold.offset not in tail.pending:
                     self._settled.add(key)
                 elif tail.pending.parked and tail.pending.ready(hold.offset):
                     pass  # it waits for an answer, or a time
@@ -122,8 +127,8 @@ class Orphans:
                     self._suspects[key] = _Suspect(hold, tail, 1)
                 else:
                     self._suspects[key] = _Suspect(hold, before.tail, before.looks + 1)
-        except SessionGone:
-            self._settled.add(key)
+        except SessionGone as error:
+            log.debug("session %s: %s; its input is looked at anew", hold.session, error)
         except AgentrunError as error:
             log.debug("session %s cannot be looked at, and is at the next look: %s", hold.session, error)
             if before is not None:

@@ -12,7 +12,7 @@ from anyio.lowlevel import checkpoint
 
 from agentrun import wire
 from agentrun.broker import Hold, Kind, Tail
-from agentrun.errors import Unavailable
+from agentrun.errors import SessionGone, Unavailable
 from agentrun.orphans import Orphans
 from tests.worker.fleet import Fleet, Part, Wrapped, eventually
 
@@ -29,6 +29,8 @@ class Watch:
         self.handed_over: list[tuple[int, Hold]] = []
         """After which look."""
         self.ends_read = 0
+        self.lost: Exception | None = None
+        """Raised by the next read."""
         self.away = 0
         self.before_look: Callable[[], Awaitable[None]] = checkpoint
         self.settled = anyio.Event()
@@ -47,6 +49,12 @@ class Watch:
             async def last(self, session: str) -> Any:
                 watch.ends_read += 1
                 return await self.inner.last(session)
+
+            async def read(self, session: str, *, after: int) -> Any:
+                if watch.lost is not None:
+                    error, watch.lost = watch.lost, None
+                    raise error
+                return await self.inner.read(session, after=after)
 
         self.orphans = Orphans(
             Wrapped(fleet.broker, turns=Turns(), log=Log(fleet.broker.log)),
@@ -139,15 +147,45 @@ async def test_what_waits_for_an_answer_is_left_alone(memory_fleet: Fleet) -> No
 
 
 async def test_what_is_settled_but_named_still_is_looked_at_once(memory_fleet: Fleet) -> None:
+    await send(memory_fleet)
+    tail = await begin(memory_fleet)
+    event = wire.encode(wire.TurnCompleted(turn="t", attempt=1, turn_offset=1))
+    log = memory_fleet.broker.log
+    await log.append("s", event, kind=Kind.EVENT, after=tail, pending=tail.pending.settle(1))
     watch = Watch(memory_fleet)
     async with watch.looking():
         await watch.after(5)
         assert watch.ends_read == 1
         watch.given = []
         await watch.after(2)
-        await send(memory_fleet)  # the session has begun again, and so has its count
-        watch.given = [HOLD]
+        await log.delete("s")
+        await send(memory_fleet)
+        watch.given = [HOLD]  # the same offset, of a session that was begun again
         await eventually(lambda: watch.handed_over != [])
+
+
+async def test_what_a_replica_does_not_know_yet_is_not_taken_for_settled(memory_fleet: Fleet) -> None:
+    watch = Watch(memory_fleet)
+    async with watch.looking():
+        await watch.after(3)
+        assert watch.handed_over == []
+        await send(memory_fleet)  # as a server that had lagged behind
+        await eventually(lambda: watch.handed_over != [])
+
+
+async def test_a_session_that_has_lost_records_is_counted_anew(memory_fleet: Fleet) -> None:
+    await send(memory_fleet)
+    watch = Watch(memory_fleet)
+    await begin(memory_fleet)
+
+    async def lose() -> None:
+        if watch.looks == 2:
+            watch.lost = SessionGone("as planned")
+
+    watch.before_look = lose
+    async with watch.looking():
+        await eventually(lambda: watch.handed_over != [])
+    assert watch.handed_over == [(4, HOLD)]
 
 
 async def test_a_broker_that_is_away_is_asked_again(memory_fleet: Fleet, caplog: pytest.LogCaptureFixture) -> None:
