@@ -8,6 +8,7 @@ still until its lease runs out, unless somebody asks the queue.
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Awaitable, Callable, Mapping, Set
 from typing import NamedTuple
 
@@ -26,7 +27,9 @@ AGREED = 2
 
 _AT_ONCE = 8
 _SOON = 5
-"""What a pause is divided by while others look: soon after the last of them has died, the first look is over."""
+"""What a pause is divided by while this worker does not look: soon after it is to, its first look is over."""
+_FRESH = 4
+"""Pauses for which what was found at a look counts: a broker that is away for a moment does not make all begin anew."""
 
 
 class _Suspect(NamedTuple):
@@ -68,6 +71,7 @@ class Orphans:
         self._settled: set[Key] = set()
         """Of what the queue still names, what the log has settled: some brokers cannot tell."""
         self._under_way: set[Key] = set()
+        self._looked = 0.0
 
     async def run(self) -> None:
         """Look for ever."""
@@ -88,7 +92,6 @@ class Orphans:
     async def _look(self, places: Mapping[str, int]) -> list[Hold]:
         """Look once; return what is to be handed over."""
         if not places:
-            self._suspects = {}
             return []
         given: dict[Key, Hold] = {}
         try:
@@ -100,7 +103,9 @@ class Orphans:
         # A session that was deleted and begun again may have another input there: it waits until its lease runs out.
         self._settled &= given.keys()
         known = self._held() | self._settled | self._under_way
-        before, self._suspects = self._suspects, {}
+        now = time.monotonic()
+        before = self._suspects if now - self._looked < _FRESH * self._every else {}
+        self._suspects, self._looked = {}, now
         async with anyio.create_task_group() as group:
             for key, hold in given.items():
                 if key not in known:

@@ -22,7 +22,7 @@ HOLD = Hold("words", "s", 1, "token")
 class Watch:
     """One that looks, at a queue that has given out what it is told, and counts its looks."""
 
-    def __init__(self, fleet: Fleet, *, place: int = 0) -> None:
+    def __init__(self, fleet: Fleet, *, place: int = 0, every: float = 0.05) -> None:
         self.given = [HOLD]
         self.held: set[tuple[str, int]] = set()
         self.looks = 0
@@ -34,6 +34,7 @@ class Watch:
         self.away = 0
         self.before_look: Callable[[], Awaitable[None]] = checkpoint
         self.settled = anyio.Event()
+        self.looks_now: Callable[[], bool] = lambda: True
         watch = self
 
         class Turns:
@@ -58,8 +59,8 @@ class Watch:
 
         self.orphans = Orphans(
             Wrapped(fleet.broker, turns=Turns(), log=Log(fleet.broker.log)),
-            every=0.05,
-            places=lambda: {"words": place},
+            every=every,
+            places=lambda: {"words": place} if self.looks_now() else {},
             held=lambda: self.held,
             hand_over=self._hand_over,
         )
@@ -114,6 +115,29 @@ async def test_what_is_held_between_two_looks_is_counted_anew(memory_fleet: Flee
             watch.held = set()
         assert watch.handed_over == []
         await eventually(lambda: watch.handed_over != [])
+
+
+async def test_a_look_counts_also_after_a_short_break(memory_fleet: Fleet) -> None:
+    await send(memory_fleet)
+    watch = Watch(memory_fleet, every=0.3)
+    breaks = iter([True, False, False])
+    watch.looks_now = lambda: next(breaks, True)
+    async with watch.looking():
+        await eventually(lambda: watch.handed_over != [])
+    assert watch.handed_over == [(2, HOLD)]
+
+
+async def test_a_look_does_not_count_after_a_long_break(memory_fleet: Fleet) -> None:
+    await send(memory_fleet)
+    watch = Watch(memory_fleet)
+    over = False
+    watch.looks_now = lambda: over or watch.looks == 0
+    async with watch.looking():
+        await eventually(lambda: watch.looks == 1)
+        await anyio.sleep(0.4)
+        over = True
+        await eventually(lambda: watch.handed_over != [])
+    assert watch.handed_over == [(3, HOLD)]
 
 
 async def test_it_is_left_alone_while_somebody_writes_to_its_session(memory_fleet: Fleet) -> None:
