@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Awaitable, Callable, Mapping, Set
+from collections import defaultdict
+from collections.abc import Awaitable, Callable, Mapping, Sequence, Set
 from typing import NamedTuple
 
 import anyio
@@ -106,10 +107,13 @@ class Orphans:
         now = time.monotonic()
         before = self._suspects if now - self._looked < _FRESH * self._every else {}
         self._suspects, self._looked = {}, now
+        unknown: defaultdict[str, list[Hold]] = defaultdict(list)
+        for key, hold in given.items():
+            if key not in known:
+                unknown[hold.session].append(hold)
         async with anyio.create_task_group() as group:
-            for key, hold in given.items():
-                if key not in known:
-                    group.start_soon(self._examine, key, hold, before.get(key))
+            for session, holds in unknown.items():
+                group.start_soon(self._examine, session, holds, before)
         found = [s.hold for s in self._suspects.values() if s.looks >= AGREED + places[s.hold.agent]]
         for hold in found:
             del self._suspects[hold.session, hold.offset]
@@ -117,27 +121,34 @@ class Orphans:
             log.warning("no worker holds %d inputs that were given out: handing them over", len(found))
         return found
 
-    async def _examine(self, key: Key, hold: Hold, before: _Suspect | None) -> None:
-        """Note it if it is pending, and nobody has written to its session."""
+    async def _examine(self, session: str, holds: Sequence[Hold], before: Mapping[Key, _Suspect]) -> None:
+        """Note of a session's inputs those that are pending, if nobody has written to it."""
         try:
             async with self._slots:
-                tail = await self._broker.log.last(hold.session)
-                if tail.offset < hold.offset:
-                    pass  # who answered lags behind, or the session was deleted
-                elif hold.offset not in tail.pending:
-                    self._settled.add(key)
-                elif tail.pending.parked and tail.pending.ready(hold.offset):
-                    pass  # it waits for an answer, or a time
-                elif before is None or await wrote_since(self._broker.log, hold.session, before.tail):
-                    self._suspects[key] = _Suspect(hold, tail, 1)
-                else:
-                    self._suspects[key] = _Suspect(hold, before.tail, before.looks + 1)
+                tail = await self._broker.log.last(session)
+                for hold in holds:
+                    await self._judge(hold, tail, before.get((session, hold.offset)))
         except SessionGone as error:
-            log.debug("session %s: %s; its input is looked at anew", hold.session, error)
+            log.debug("session %s: %s; its inputs are looked at anew", session, error)
         except AgentrunError as error:
-            log.debug("session %s cannot be looked at, and is at the next look: %s", hold.session, error)
-            if before is not None:
-                self._suspects[key] = before
+            log.debug("session %s cannot be looked at, and is at the next look: %s", session, error)
+            self._suspects |= {key: before[key] for hold in holds if (key := (session, hold.offset)) in before}
+
+    async def _judge(self, hold: Hold, tail: Tail, before: _Suspect | None) -> None:
+        key = hold.session, hold.offset
+        if tail.offset < hold.offset:
+            pass  # who answered lags behind, or the session was deleted
+        elif hold.offset not in tail.pending:
+            self._settled.add(key)
+        elif tail.pending.parked and tail.pending.ready(hold.offset):
+            pass  # it waits for an answer, or a time
+        elif before is None or await self._wrote(hold.session, before.tail, tail):
+            self._suspects[key] = _Suspect(hold, tail, 1)
+        else:
+            self._suspects[key] = _Suspect(hold, before.tail, before.looks + 1)
+
+    async def _wrote(self, session: str, since: Tail, tail: Tail) -> bool:
+        return tail.offset != since.offset and await wrote_since(self._broker.log, session, since)
 
 
 async def wrote_since(log: SessionLog, session: str, tail: Tail) -> bool:

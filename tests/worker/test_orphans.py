@@ -188,6 +188,17 @@ async def test_what_is_settled_but_named_still_is_looked_at_once(memory_fleet: F
         await eventually(lambda: watch.handed_over != [])
 
 
+async def test_one_look_at_a_session_tells_of_all_its_inputs(memory_fleet: Fleet) -> None:
+    await send(memory_fleet)
+    await memory_fleet.session(agent="words").send("y")
+    watch = Watch(memory_fleet)
+    watch.given = [HOLD, HOLD._replace(offset=2)]
+    async with watch.looking():
+        await eventually(lambda: len(watch.handed_over) == 2)
+    assert watch.handed_over == [(2, hold) for hold in watch.given]
+    assert watch.ends_read == 2
+
+
 async def test_what_a_replica_does_not_know_yet_is_not_taken_for_settled(memory_fleet: Fleet) -> None:
     watch = Watch(memory_fleet)
     async with watch.looking():
@@ -204,6 +215,7 @@ async def test_a_session_that_has_lost_records_is_counted_anew(memory_fleet: Fle
 
     async def lose() -> None:
         if watch.looks == 2:
+            await memory_fleet.session(agent="words").send("y")  # so that what came since is read
             watch.lost = SessionGone("as planned")
 
     watch.before_look = lose
