@@ -45,7 +45,8 @@ Queue
       second), without a poll by the caller.
   Q9  `TurnQueue.hand_back` gives out again, at once, what another connection holds and will not settle: `Lease.token`
       and `TurnQueue.early` name it. Whoever has been given it since loses it as well; one that was settled stays so.
-  Q10 `TurnQueue.given_out` names what connections have been given and have not settled, also those that are gone.
+  Q10 `TurnQueue.given_out` names what connections have been given and have not settled, also those that are gone. It
+      is asked every few seconds, by three connections at most: what it named before should cost little.
 
 Signals
   S1  `Signals.request` reaches every listener of the channel that is connected, and returns the first reply.
@@ -304,7 +305,7 @@ class TurnQueue(Protocol):
     async def given_out(self, agent: str) -> Sequence[Hold]:
         """What all connections together have been given of an agent's inputs and have not settled, the newest 5,000.
 
-        It names more where the broker cannot tell: look at the log. For the rare case that nobody else knows.
+        It names more where the broker cannot tell: look at the log.
 
         Raises:
             Unavailable: The broker does not answer.

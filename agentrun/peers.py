@@ -2,7 +2,8 @@
 
 Each worker announces itself, and what it holds, several times a second, from a thread of its own. One that has gone
 silent is taken for dead by its peers; one of them writes `turn.lost` into the log of each turn that it was running, by
-which it is fenced off, and hands what it held back to the queue. A wrong guess costs an attempt and nothing else.
+which it is fenced off, and hands what it held back to the queue. What nobody alive had heard of is looked for
+(`agentrun.orphans`). A wrong guess costs an attempt and nothing else.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import logging
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import TracebackType
 from typing import Self
 
@@ -23,8 +24,9 @@ import msgspec
 from msgspec import Struct
 
 from agentrun import wire
-from agentrun.broker import Broker, Hold, Kind, Record, Tail
+from agentrun.broker import Broker, Hold, Kind, Record
 from agentrun.errors import AgentrunError, Conflict, InvalidInput
+from agentrun.orphans import Orphans, wrote_since
 
 log = logging.getLogger("agentrun.worker")
 
@@ -34,11 +36,11 @@ PEERS = "peers"
 _BEATS = 5
 """Announcements in the time after which a silent worker is taken for dead."""
 _WHOLE = 20
-"""Announcements after which one repeats all that is held, should one of changes have been lost."""
-_AGREED = 2
-"""Looks, `lost_after` apart, that must find that nobody holds an input before it is handed back."""
+"""Announcements after which one repeats all that is held, though nobody has asked."""
 _RANKS = 8
-"""Peers that try, one after the other, should the first be dead too; past them there is the lease."""
+"""Peers that try, one after the other, should the first be dead too."""
+_LOOKERS = 3
+"""Workers that look for what nobody holds, those that have been there for longest: the first may be dying too."""
 _TRIES = 5
 _AT_ONCE = 8
 _PAGE = 1000
@@ -58,6 +60,12 @@ class Announcement(Struct, frozen=True, omit_defaults=True):
     leaves: bool = False
     age: float = 0.0
     """Seconds since it began."""
+    number: int = 0
+    """How many it has made before: what was lost on the way shows."""
+    asks: bool = False
+    """Whether it has missed some of another's: everybody is to say all that is held."""
+    agents: list[str] = []
+    """Whom it runs; said with what is whole."""
 
 
 _decoder = msgspec.json.Decoder(Announcement)
@@ -69,6 +77,7 @@ class Presence:
     Args:
         announce: Publishes; any thread, never blocks.
         worker: The worker's name.
+        agents: Whom it runs.
         every: Seconds between two announcements; what is new is announced at once after `poke`.
         holds: What the worker holds now; called from the thread.
         alive: Whether it still works; while it does not, nothing is announced.
@@ -79,6 +88,7 @@ class Presence:
         announce: Callable[[bytes], None],
         worker: str,
         *,
+        agents: Sequence[str],
         every: float,
         holds: Callable[[], Iterable[Hold]],
         alive: Callable[[], bool],
@@ -86,11 +96,15 @@ class Presence:
         self.id = uuid.uuid4().hex[:16]
         self._announce = announce
         self._worker = worker
+        self._agents = list(agents)
         self._every = every
         self._holds = holds
         self._alive = alive
         self._told: dict[str, Hold] = {}
         self._until_whole = 0
+        self._number = 0
+        self.asks = False
+        """Whether others are asked to say all that they hold."""
         self.began = time.monotonic()
         self._poked = threading.Event()
         self._stop = False
@@ -135,7 +149,11 @@ class Presence:
             whole=whole,
             leaves=leaves,
             age=time.monotonic() - self.began,
+            number=self._number,
+            asks=self.asks,
+            agents=self._agents if whole else [],
         )
+        self._number += 1
         self._told = held
         self._announce(msgspec.json.encode(said))
 
@@ -146,14 +164,21 @@ class _Peer:
     def __init__(self, said: Announcement) -> None:
         self.id = said.id
         self.worker = said.worker
+        self.agents: list[str] = []
         self.holds: dict[str, Hold] = {}
         self.heard = self.began = 0.0
+        self.known = False
+        """Whether ``holds`` is all that it has said that it holds."""
+        self._next = 0
 
     def take(self, said: Announcement, now: float) -> None:
         self.heard = now
         self.began = now - said.age
+        self.known = said.whole or (self.known and said.number == self._next)
+        self._next = said.number + 1
         if said.whole:
             self.holds = {}
+            self.agents = said.agents
         self.holds.update((hold.token, hold) for hold in said.new)
         for token in said.done:
             self.holds.pop(token, None)
@@ -169,7 +194,7 @@ class Peers:
         broker: The worker's.
         worker: Its name, for the log.
         lost_after: Seconds of silence.
-        agents: Whose inputs it looks after where nobody else does.
+        agents: Whom it runs.
         holds: What this worker holds; called from another thread.
         alive: Whether this worker still works; called from another thread.
     """
@@ -192,6 +217,7 @@ class Peers:
         self._presence = Presence(
             functools.partial(broker.signals.announce, PEERS),
             worker,
+            agents=self._names,
             every=lost_after / _BEATS,
             holds=holds,
             alive=alive,
@@ -201,6 +227,13 @@ class Peers:
         self._heard_me = 0.0
         self._hearing_since = 0.0
         self._slots = anyio.Semaphore(_AT_ONCE)
+        self._orphans = Orphans(
+            broker,
+            every=lost_after,
+            places=self._places,
+            held=self._held_by_the_living,
+            hand_over=functools.partial(self._hand_back, dead=None),
+        )
 
     def poke(self) -> None:
         """Announce at once what this worker has been given."""
@@ -210,9 +243,10 @@ class Peers:
         """Be seen, and look after the others, for ever."""
         with self._presence:
             async with self._broker.signals.listen(PEERS, self._hear), anyio.create_task_group() as rescues:
-                rescues.start_soon(self._look_after_orphans)
+                rescues.start_soon(self._orphans.run)
                 while True:
                     await anyio.sleep(self._lost_after / _BEATS / 2)
+                    self._presence.asks = not self._knows_all()
                     for dead in self._silent(time.monotonic()):
                         rescues.start_soon(self._rescue, dead)
 
@@ -235,6 +269,8 @@ class Peers:
                 peer = self._peers[said.id] = _Peer(said)
                 self._presence.tell_all()  # it may be new, and know nothing of us
             peer.take(said, now)
+            if said.asks:
+                self._presence.tell_all()
 
     def _silent(self, now: float) -> list[_Peer]:
         """Take out and return the peers that have been silent for too long."""
@@ -280,18 +316,21 @@ class Peers:
     async def _hand_back(self, hold: Hold, dead: _Peer | None) -> None:
         try:
             async with self._slots:
-                lost = await self._is_lost(hold, dead)
+                # It may have been given to somebody since it was found to be so.
+                lost = not self._is_held(hold) and await self._is_lost(hold, dead)
             for _ in range(_TRIES if lost else 0):
                 async with self._slots:
                     await self._broker.turns.hand_back(hold)
                 # It may be given to a worker that is dead as well: one that was stopped still waits at the queue.
                 await anyio.sleep(self._lost_after / 2)
+                if self._is_held(hold):
+                    return
                 async with self._slots:
                     tail = await self._broker.log.last(hold.session)
                 if tail.pending.running or not tail.pending.ready(hold.offset):
                     return
         except AgentrunError as error:
-            log.warning("session %s: %s; the lease of a dead worker will run out", hold.session, error)
+            log.warning("session %s: %s; what a dead worker held is handed over later", hold.session, error)
 
     async def _is_lost(self, hold: Hold, dead: _Peer | None) -> bool:
         """Whether the input is to be handed back; if ``dead`` or nobody was running it, that is in the log then."""
@@ -310,7 +349,8 @@ class Peers:
                     hold.session, wire.encode(lost), kind=Kind.EVENT, after=tail, pending=tail.pending.release()
                 )
             except Conflict:
-                if (dead is not None and dead.id in self._peers) or await self._wrote_since(hold.session, tail):
+                alive = dead is not None and dead.id in self._peers
+                if alive or await wrote_since(self._broker.log, hold.session, tail):
                     return False
                 continue
             return True
@@ -318,50 +358,22 @@ class Peers:
 
     # ------------------------------------------------------------------------------- what nobody alive has heard of
 
-    async def _look_after_orphans(self) -> None:
-        """When this worker has become the oldest, hand back what dead ones hold of whom no other knows.
+    def _knows_all(self) -> bool:
+        return all(peer.known for peer in self._peers.values())
 
-        A fleet may have died as a whole, or those of it who had heard the others.
+    def _places(self) -> Mapping[str, int]:
+        """The agents whose inputs this worker looks for, and how many others that run them have been there for longer.
+
+        Two may take themselves for the oldest, but never is there none. Who may not know what others hold leaves it.
         """
-        looked = False
-        while True:
-            await anyio.sleep(self._lost_after)
-            if not self._oldest():
-                looked = False
-            elif not looked:
-                try:
-                    await self._adopt()
-                    looked = True
-                except AgentrunError as error:
-                    log.warning("what nobody holds any more cannot be found out, and is tried again: %s", error)
+        if time.monotonic() - self._heard_me > self._lost_after / 2 or not self._knows_all():
+            return {}
+        older = [peer for peer in self._peers.values() if peer.began < self._presence.began]
+        places = {agent: sum(agent in peer.agents for peer in older) for agent in self._names}
+        return {agent: place for agent, place in places.items() if place < _LOOKERS}
 
-    def _oldest(self) -> bool:
-        """Whether no other has been there for longer; two may both think so, but never none."""
-        hears = time.monotonic() - self._heard_me <= self._lost_after / 2
-        return hears and all(self._presence.began <= peer.began for peer in self._peers.values())
-
-    async def _adopt(self) -> None:
-        found: dict[tuple[str, int], tuple[Hold, Tail]] = {}
-        for look in range(_AGREED):
-            if look:
-                await anyio.sleep(self._lost_after)
-            before, found = found, {}
-            given = [hold for agent in self._names for hold in await self._broker.turns.given_out(agent)]
-            held = self._held_by_the_living()
-            for hold in given:
-                key = (hold.session, hold.offset)
-                if key in held or (look and key not in before):
-                    continue
-                tail = await self._broker.log.last(hold.session)
-                waits = tail.pending.parked and tail.pending.ready(hold.offset)  # for an answer, or a time
-                if hold.offset in tail.pending and not waits:
-                    found[key] = (hold, before[key][1] if look else tail)
-        orphans = [hold for hold, first in found.values() if not await self._wrote_since(hold.session, first)]
-        if orphans:
-            log.warning("no worker holds %d inputs that were given out: handing them over", len(orphans))
-        async with anyio.create_task_group() as group:
-            for hold in orphans:
-                group.start_soon(self._hand_back, hold, None)
+    def _is_held(self, hold: Hold) -> bool:
+        return (hold.session, hold.offset) in self._held_by_the_living()
 
     def _held_by_the_living(self) -> set[tuple[str, int]]:
         holds = itertools.chain(self._holds(), *(peer.holds.values() for peer in self._peers.values()))
@@ -381,11 +393,6 @@ class Peers:
             if len(records) < _PAGE:
                 return found
             after = records[-1].offset
-
-    async def _wrote_since(self, session: str, tail: Tail) -> bool:
-        """Whether an owner has appended behind this end: it is not dead, or another one has the session."""
-        records = await self._broker.log.read(session, after=tail.offset)
-        return any(not record.kind.input for record in records)
 
 
 def _event(record: Record) -> wire.AnyEvent | None:

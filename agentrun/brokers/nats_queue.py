@@ -6,6 +6,7 @@ import asyncio
 import random
 import time
 from collections import deque
+from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -103,6 +104,16 @@ class NatsLease:
         """See `Lease.nack`."""
         body = NACK if delay <= 0 else b'-NAK {"delay": %d}' % int(delay * _NS)
         await self._queue.refuse(self._delivery.reply, body)
+
+
+class _Named:
+    """Which inputs of a consumer lie between the first that is not settled and the last one given out."""
+
+    def __init__(self) -> None:
+        self.inputs: deque[tuple[int, str, int]] = deque(maxlen=MAX_NAMED)
+        """Stream sequence, session and offset."""
+        self.through = 0
+        """The stream sequence up to which they were read."""
 
 
 class _Waiter:
@@ -244,6 +255,7 @@ class NatsQueue:
         self._core = core
         self._reader = reader
         self._agents: dict[str, _Agent] = {}
+        self._named: dict[tuple[str, int], _Named] = {}
         self._opening = anyio.Lock()
         self._holder = Holder(core, reader, self._offer)
         self.beats = beats
@@ -382,7 +394,10 @@ class NatsQueue:
         return self._holder.early()
 
     async def given_out(self, agent: str) -> list[Hold]:
-        """See `TurnQueue.given_out`: what lies between the first that is not settled and the last one given out."""
+        """See `TurnQueue.given_out`: what lies between the first that is not settled and the last one given out.
+
+        What was read the last time is not read again.
+        """
         found: list[Hold] = []
         for partition in range(self._core.found.partitions):
             stream, name = stream_name(self._core.namespace, partition), consumer_name(agent)
@@ -394,13 +409,25 @@ class NatsQueue:
             consumer = msgspec.json.decode(reply, type=_Consumer)
             if consumer.num_ack_pending == 0:
                 continue
-            filter = consumer_filter(self._core.namespace, partition, agent)
-            first, last = consumer.ack_floor.stream_seq + 1, consumer.delivered.stream_seq
-            for stored in await self._reader.between(stream, filter, first, last, newest=MAX_NAMED):
+            for seq, session, offset in await self._between(agent, partition, consumer):
                 # What the server looks at is the stream's sequence; the other number must only be a possible one.
-                token = f"{ACK_PREFIX}{stream}.{name}.1.{stored.seq}.{consumer.delivered.consumer_seq}.0.0"
-                found.append(Hold(agent, session_of(stored.subject), stored.offset, token))
+                token = f"{ACK_PREFIX}{stream}.{name}.1.{seq}.{consumer.delivered.consumer_seq}.0.0"
+                found.append(Hold(agent, session, offset, token))
         return found[-MAX_NAMED:]
+
+    async def _between(self, agent: str, partition: int, consumer: _Consumer) -> Sequence[tuple[int, str, int]]:
+        first, last = consumer.ack_floor.stream_seq + 1, consumer.delivered.stream_seq
+        named = self._named.get((agent, partition))
+        if named is None or named.through > last:  # the consumer was made anew, or a server lags behind
+            named = self._named[agent, partition] = _Named()
+        stream = stream_name(self._core.namespace, partition)
+        filter = consumer_filter(self._core.namespace, partition, agent)
+        new = await self._reader.between(stream, filter, max(first, named.through + 1), last, newest=MAX_NAMED)
+        named.inputs.extend((s.seq, session_of(s.subject), s.offset) for s in new if s.seq > named.through)
+        named.through = max(named.through, last)
+        while named.inputs and named.inputs[0][0] < first:
+            named.inputs.popleft()
+        return named.inputs
 
     async def hand_back(self, hold: Hold) -> None:
         """See `TurnQueue.hand_back`. The server honours this for any delivery of the input, an older one too."""

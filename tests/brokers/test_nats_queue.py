@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import threading
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
+from typing import Any
 
 import anyio
 import anyio.to_thread
@@ -14,7 +15,7 @@ import pytest
 from agentrun.broker import Kind, Lease, Tail
 from agentrun.brokers import nats_hold
 from agentrun.brokers.nats import NatsBroker
-from agentrun.brokers.nats_layout import Route, stream_name
+from agentrun.brokers.nats_layout import Route, Stored, session_of, stream_name
 from agentrun.brokers.server import NatsServer
 from agentrun.errors import Conflict
 from agentrun.testing import Settings
@@ -185,6 +186,49 @@ async def test_a_server_that_lags_behind_costs_no_turn(env: NatsEnvironment, mon
         for _ in range(2):
             await run(broker, await take(broker))
         assert stale == []
+
+
+async def test_what_is_given_out_is_read_once_however_often_it_is_asked_for(
+    env: NatsEnvironment, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with env.broker() as broker:
+        await broker.turns.open("agent")
+        reader = broker.turns._holder._reader
+        between, read = reader.between, list[str]()
+
+        async def counted(*args: Any, **more: Any) -> Sequence[Stored]:
+            found = await between(*args, **more)
+            read.extend(session_of(stored.subject) for stored in found)
+            return found
+
+        monkeypatch.setattr(reader, "between", counted)
+
+        async def given_out() -> list[str]:
+            return sorted(hold.session for hold in await broker.turns.given_out("agent"))
+
+        assert await given_out() == []
+        for session in ("s", "t"):
+            await send(broker, session)
+        first, second = await take(broker), await take(broker)
+        assert await given_out() == await given_out() == ["s", "t"]
+        await send(broker, "u")
+        third = await take(broker)
+        for lease in (first, second):
+            await run(broker, lease)
+        assert await given_out() == ["u"]
+        assert sorted(read) == ["s", "t", "u"]
+        await run(broker, third)
+        assert await given_out() == []
+        # A consumer that was made anew gives out again what is left.
+        await send(broker, "v")
+        await take(broker)
+        await broker.connection.request(
+            f"$JS.API.CONSUMER.DELETE.{stream_name(env.namespace, 0)}.q-agent", b"", timeout=5
+        )
+        assert await given_out() == []
+        await broker.turns.ensure("agent", 0, 1.0)
+        await take(broker)
+        assert "v" in await given_out()
 
 
 async def test_leaving_hands_held_turns_back(env: NatsEnvironment) -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
 from typing import Any
 
 import anyio
@@ -15,9 +17,10 @@ from agentrun import wire
 from agentrun.agent import Context, agent
 from agentrun.broker import Broker, Hold, Kind
 from agentrun.client import Session
+from agentrun.errors import Retry, Unavailable
 from agentrun.peers import PEERS, Announcement, Peers, Presence, is_lease, new_lease
 from agentrun.testing import Environments, Settings
-from agentrun.testing.faults import FaultyBroker
+from agentrun.testing.faults import Faults, FaultyBroker
 from tests.worker.fleet import Fleet, Running, eventually, fleet_on
 
 LEASE = 30.0
@@ -34,6 +37,13 @@ async def words(ctx: Context) -> AsyncIterator[str]:
         if n == 5 and ctx.attempt == 1 and ctx.text == "wait":
             await anyio.sleep_forever()
         await anyio.sleep(0.005)
+
+
+@agent(name="clumsy")
+async def clumsy(ctx: Context) -> AsyncIterator[str]:
+    if ctx.attempt == 1:
+        raise Retry
+    yield "done"
 
 
 @agent(name="idle")
@@ -54,6 +64,19 @@ async def start(fleet: Fleet, name: str, **settings: float) -> Running:
     return await fleet.worker(
         words, wrap=FaultyBroker, name=name, **{"lease": LEASE, "lost_after": LOST_AFTER, **settings}
     )
+
+
+def listen_in(running: Running, told: Callable[[set[str]], None]) -> None:
+    """Be told each time of which sessions a worker finds inputs given out."""
+    turns: Any = running.worker._broker.turns
+    inner = turns.given_out
+
+    async def given_out(agent: str) -> Sequence[Hold]:
+        holds = await inner(agent)
+        told({hold.session for hold in holds})
+        return holds
+
+    turns.given_out = given_out
 
 
 def line(running: Running) -> FaultyBroker:
@@ -143,11 +166,25 @@ class Witness:
     def __init__(self, fleet: Fleet) -> None:
         self.fleet = fleet
         self.handed_back: list[Hold] = []
+        self.given: list[Hold] = []
+        self.held: list[Hold] = []
+        self.takes = False
+        """Whether the witness is given what it hands back."""
+        self.looks = 0
+        self.away = False
         inner = fleet.broker
 
         class Turns:
             async def hand_back(turns, hold: Hold) -> None:  # noqa: N805
+                if self.away:
+                    raise Unavailable("there is no connection, as planned")
                 self.handed_back.append(hold)
+                if self.takes:
+                    self.held.append(hold._replace(token="another"))
+
+            async def given_out(turns, _agent: str) -> Sequence[Hold]:  # noqa: N805
+                self.looks += 1
+                return self.given
 
         class Seen:
             turns, log, signals = Turns(), inner.log, inner.signals
@@ -156,24 +193,31 @@ class Witness:
             Seen(),
             "witness",
             lost_after=0.3,
-            agents=(),
-            holds=list,
+            agents=["words"],
+            holds=lambda: self.held,
             alive=lambda: True,
         )
 
-    async def sees_die(self, *holds: Hold, others: int = 0) -> None:
-        """Let the worker announce that it holds these, and nothing more; so many others die a moment later."""
+    @asynccontextmanager
+    async def watching(self) -> AsyncGenerator[None]:
         await self.fleet.broker.turns.open("words")
         async with anyio.create_task_group() as group:
             group.start_soon(self.peers.run)
             await anyio.sleep(0.4)
-            said = Announcement("dead-id", "dead", new=list(holds), whole=True)
-            await self.peers._hear(msgspec.json.encode(said))
+            yield
+            group.cancel_scope.cancel()
+
+    async def hears(self, said: Announcement) -> None:
+        await self.peers._hear(msgspec.json.encode(said))
+
+    async def sees_die(self, *holds: Hold, others: int = 0) -> None:
+        """Let the worker announce that it holds these, and nothing more; so many others die a moment later."""
+        async with self.watching():
+            await self.hears(Announcement("dead-id", "dead", new=list(holds), whole=True))
             await anyio.sleep(0.15)
             for other in range(others):
-                await self.peers._hear(msgspec.json.encode(Announcement(f"other-{other}", "other")))
+                await self.hears(Announcement(f"other-{other}", "other"))
             await anyio.sleep(1.5)
-            group.cancel_scope.cancel()
 
 
 async def begin(fleet: Fleet, session: Session, token: str, attempt: int = 1) -> Hold:
@@ -229,31 +273,54 @@ async def test_a_fleet_that_died_as_a_whole_is_taken_over_by_the_next(fleet: Fle
         assert (said.attempt, said.by) == (1, "first")
 
 
+async def test_what_was_handed_back_in_vain_is_found_at_any_time(fleet: Fleet) -> None:
+    running = await fleet.worker(
+        clumsy,
+        wrap=lambda broker: FaultyBroker(broker, Faults(lose_settle={1})),
+        name="first",
+        lease=LEASE,
+        lost_after=LOST_AFTER,
+    )
+    looked: list[set[str]] = []
+    listen_in(running, looked.append)
+    await eventually(lambda: len(looked) >= 3)
+    turn = await fleet.session(agent="clumsy").send("x")
+    await fleet.until("turn.retrying")
+    before = time.monotonic()
+    assert (await turn.result(20)).text == "done"
+    assert time.monotonic() - before < LEASE * 0.7
+    assert line(running).injected["lose_settle"] == 1
+
+
+async def test_what_is_given_to_one_that_is_cut_off_is_found(fleet: Fleet) -> None:
+    first = await start(fleet, "first")
+    await start(fleet, "second")
+    await until_all_are_seen(fleet, 2)
+    line(first).disconnect()
+    # Some of them are given to the first: it was waiting for turns when its connection broke.
+    turns = [await fleet.session(f"s{n}", agent="words").send("go") for n in range(8)]
+    before = time.monotonic()
+    for turn in turns:
+        assert (await turn.result(20)).text == WHOLE
+    assert time.monotonic() - before < LEASE * 0.7
+    for n in range(8):
+        assert await lost(fleet, f"s{n}") == [], "it was not begun"
+
+
 async def test_the_oldest_leaves_alone_what_the_living_hold(fleet: Fleet) -> None:
     oldest = await fleet.worker(idle, name="oldest", lease=LEASE, lost_after=LOST_AFTER)
     running = [await start(fleet, name, concurrency=1) for name in ("first", "second")]
     asked: list[set[str]] = []
-
-    def listen_in(turns: Any) -> None:
-        inner = turns.given_out
-
-        async def given_out(agent: str) -> Sequence[Hold]:
-            holds = await inner(agent)
-            asked.append({hold.session for hold in holds})
-            return holds
-
-        turns.given_out = given_out
-
     for each in running:
-        listen_in(line(each).turns)
+        listen_in(each, asked.append)
     for name in ("s", "other"):
         await fleet.session(name, agent="words").send("wait")
     await eventually(lambda: sum(len(each.worker.info.running) for each in running) == 2)
     await until_all_are_seen(fleet, 3)
     await oldest.drain()
-    await eventually(lambda: len(asked) >= 2, 20)
-    await anyio.sleep(LOST_AFTER)
-    assert {"s", "other"} <= asked[0]
+    asked.clear()
+    await eventually(lambda: len(asked) >= 4 * len(running), 30)
+    assert all({"s", "other"} <= sessions for sessions in asked)
     for name in ("s", "other"):
         assert await lost(fleet, name) == []
     assert [turn.attempt for each in running for turn in each.worker.info.running] == [1, 1]
@@ -294,6 +361,100 @@ async def test_what_was_settled_is_left_alone(fleet: Fleet) -> None:
     assert await lost(fleet) == []
 
 
+@pytest.mark.parametrize("takes", [False, True])
+async def test_it_is_handed_back_again_until_somebody_alive_holds_it(fleet: Fleet, takes: bool) -> None:
+    await fleet.session(agent="words").send("x", id="t")
+    witness = Witness(fleet)
+    witness.takes = takes
+    hold = Hold("words", "s", 1, "token")
+    await witness.sees_die(hold)
+    assert (len(witness.handed_back) == 1) is takes
+    assert set(witness.handed_back) == {hold}
+
+
+async def test_what_somebody_alive_has_been_given_since_is_left_to_it(fleet: Fleet) -> None:
+    session = fleet.session(agent="words")
+    await session.send("x", id="t")
+    hold = await begin(fleet, session, "token")
+    witness = Witness(fleet)
+    witness.held = [hold._replace(token="another")]
+    await witness.sees_die(hold)
+    assert witness.handed_back == []
+    assert await lost(fleet) == []
+
+
+async def test_what_could_not_be_handed_back_is_later(fleet: Fleet, caplog: pytest.LogCaptureFixture) -> None:
+    session = fleet.session(agent="words")
+    await session.send("x", id="t")
+    hold = await begin(fleet, session, "token")
+    witness = Witness(fleet)
+    witness.given = [hold]
+    witness.away = True
+    async with witness.watching():
+        await witness.hears(Announcement("dead-id", "dead", new=[hold], whole=True))
+        await eventually(lambda: "there is no connection, as planned" in caplog.text)
+        witness.away = False
+        await eventually(lambda: hold in witness.handed_back)
+    assert await lost(fleet) == [wire.TurnLost(turn="t", attempt=1, worker="dead", by="witness")]
+
+
+async def test_who_may_have_missed_what_others_hold_asks_and_takes_nothing(fleet: Fleet) -> None:
+    session = fleet.session(agent="words")
+    await session.send("x", id="t")
+    hold = await begin(fleet, session, "token")
+    witness = Witness(fleet)
+    asks: list[bool] = []
+
+    async def hear(body: bytes) -> None:
+        asks.append(msgspec.json.decode(body, type=Announcement).asks)
+
+    other = itertools.count()
+
+    async def says(**what: Any) -> None:
+        await witness.hears(Announcement("other-id", "other", number=next(other), **what))
+
+    async with fleet.broker.signals.listen(PEERS, hear), witness.watching():
+        await says(whole=True)
+        next(other)  # that it has been given the turn was lost on the way
+        await says()
+        witness.given = [hold]
+        witness.looks = 0
+        asks.clear()
+        for _ in range(30):
+            await anyio.sleep(0.05)
+            await says()
+        assert any(asks)
+        assert witness.looks == 0
+        await says(new=[hold], whole=True)
+        for _ in range(30):
+            await anyio.sleep(0.05)
+            await says()
+        assert not asks[-1]
+        assert witness.looks > 0
+    assert witness.handed_back == []
+    assert await lost(fleet) == []
+
+
+async def test_the_three_that_have_run_an_agent_for_longest_look_for_its_inputs(fleet: Fleet) -> None:
+    peers = Witness(fleet).peers
+
+    async def hears(id: str, *agents: str, age: float = 60.0) -> None:
+        said = Announcement(id, id, whole=True, agents=list(agents), age=age)
+        await peers._hear(msgspec.json.encode(said))
+
+    assert peers._places() == {}, "it has not heard itself yet"
+    await hears(peers._me, "words")
+    assert peers._places() == {"words": 0}
+    await hears("younger", "words", age=-60.0)
+    await hears("of another agent", "idle")
+    assert peers._places() == {"words": 0}
+    await hears("second", "words", "idle")
+    await hears("third", "words")
+    assert peers._places() == {"words": 2}
+    await hears("fourth", "words")
+    assert peers._places() == {}
+
+
 async def test_who_writes_in_that_moment_is_alive(fleet: Fleet) -> None:
     session = fleet.session(agent="words")
     await session.send("x", id="t")
@@ -325,7 +486,7 @@ async def test_announcements_say_what_has_changed() -> None:
     def hear(body: bytes) -> None:
         said.append(msgspec.json.decode(body, type=Announcement))
 
-    with Presence(hear, "me", every=60, holds=lambda: held, alive=lambda: alive) as presence:
+    with Presence(hear, "me", agents=["a"], every=60, holds=lambda: held, alive=lambda: alive) as presence:
         await eventually(lambda: len(said) == 1)
         held = {Hold("a", "s", 1, "one"), Hold("a", "s", 2, "two")}
         presence.poke()
@@ -339,11 +500,13 @@ async def test_announcements_say_what_has_changed() -> None:
     changes = [(each.whole, [hold.token for hold in each.new], each.done) for each in said]
     assert changes == [(True, ["one"], []), (False, ["two"], []), (False, [], ["one"]), (False, [], [])]
     assert [each.leaves for each in said] == [False, False, False, True]
+    assert [each.number for each in said] == [0, 1, 2, 3]
+    assert [each.agents for each in said] == [["a"], [], [], []]
 
 
 async def test_a_blocked_loop_does_not_keep_a_worker_silent() -> None:
     said: list[bytes] = []
-    with Presence(said.append, "me", every=0.05, holds=list, alive=lambda: True):
+    with Presence(said.append, "me", agents=["a"], every=0.05, holds=list, alive=lambda: True):
         time.sleep(0.5)  # noqa: ASYNC251 - what an agent may do to its worker
         assert len(said) >= 3
 
