@@ -48,8 +48,10 @@ class Follower:
         self._after = after
         self._hint = cursor
         self._deltas = deltas
-        self._next = 0
+        self._next: int = 0
         """The sequence from which on nothing was delivered; 0: not searched yet."""
+        self._known: int = 0
+        """The offset of the session's record before it. Where the offset asked for is still to come, that is less."""
         self._behind = True
         """Whether the stream must be read before live records can be trusted."""
         self._existed = False
@@ -125,7 +127,7 @@ class Follower:
     async def _catch_up(self) -> Sequence[Record]:
         if not self._deltas and await self._has_all():
             return ()
-        place = Place(self._next, self._after)
+        place = Place(self._next, self._known)
         if self._next == 0:
             place = await self._reader.start(self._route, self._after, self._hint)
         # Set before reading: what is announced meanwhile is read once more rather than missed.
@@ -135,7 +137,7 @@ class Follower:
         except BaseException:
             self._behind = True
             raise
-        self._next = page.next.start
+        self._next, self._known = page.next
         self._behind = self._behind or not page.complete
         records = [r for r in page.records if r.offset > self._after]
         if not records and page.records and self._existed:
@@ -153,7 +155,8 @@ class Follower:
         if newest is None or self._is_missing(newest):
             self._behind = True
             return False
-        self._next = max(self._next, newest.seq + 1)
+        if newest.seq >= self._next:
+            self._next, self._known = newest.seq + 1, newest.offset
         self._existed = True
         return True
 
@@ -182,13 +185,13 @@ class Follower:
             if stored.seq < self._next:
                 continue
             if stored.offset <= after and not self._existed:
-                self._next = stored.seq + 1  # the offset asked for is still to come
+                self._next, self._known = stored.seq + 1, stored.offset  # the offset asked for is still to come
                 continue
             if not self._is_next(stored, after):
                 self._behind = True
                 break
             records.append(stored.record())
-            after = stored.offset
+            after = self._known = stored.offset
             self._next = stored.seq + 1
         return records
 

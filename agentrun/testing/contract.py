@@ -30,7 +30,7 @@ CHECKS: tuple[Check, ...] = (
 )
 """Every check, each named for the line of the contract in `agentrun.broker` that it checks."""
 
-TIME_LIMIT = 45.0
+TIME_LIMIT = 90.0
 """Seconds after which a check counts as failed."""
 
 

@@ -82,6 +82,34 @@ async def test_a_hundred_readers_join_a_fast_writer_at_any_offset(
             await write(writer, "s", 400, inputs=True)
 
 
+async def test_who_asks_for_what_is_still_to_come_misses_nothing_of_it(
+    env: NatsEnvironment, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Deaf(Follower):
+        def _on_live(self, msg: Msg) -> None:
+            pass
+
+    monkeypatch.setattr("agentrun.brokers.nats_log.Follower", Deaf)
+    monkeypatch.setattr(nats_follow, "IDLE", 0.2)
+    async with env.broker() as broker:
+        tail = Tail()
+        for kind in (Kind.EVENT, Kind.CANCEL, Kind.DELTA):
+            tail = await broker.log.append("s", b"", kind=kind, after=tail, pending=Pending())
+        async with broker.log.follow("s", after=6) as lists, anyio.create_task_group() as tasks:
+            found: list[int] = []
+
+            async def read() -> None:
+                with anyio.fail_after(20):
+                    while not found or found[-1] < 9:
+                        found.extend(record.offset for record in await anext(lists))
+
+            tasks.start_soon(read)
+            await anyio.sleep(0.1)  # it has looked: the log ends at 3
+            for kind in (Kind.EVENT, Kind.CANCEL, *[Kind.DELTA] * 4):
+                tail = await broker.log.append("s", b"", kind=kind, after=tail, pending=Pending())
+        assert found == [7, 8, 9]
+
+
 async def test_a_lost_last_message_is_found(env: NatsEnvironment, monkeypatch: pytest.MonkeyPatch) -> None:
     class Deaf(Follower):
         def _on_live(self, msg: Msg) -> None:

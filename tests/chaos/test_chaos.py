@@ -79,7 +79,7 @@ async def test_an_owner_that_is_not_fenced_is_found_out(tmp_path: Path) -> None:
         with anyio.fail_after(30):
             while acked.stat().st_size == before:  # noqa: ASYNC110 - files ring no bell
                 await anyio.sleep(0.02)
-    assert rules(tmp_path) & {Rule.OWNER, Rule.DENSE}
+    assert rules(tmp_path) & {Rule.OWNER, Rule.DENSE, Rule.ENDS}
 
 
 async def test_turns_that_overtake_each_other_are_found_out(tmp_path: Path) -> None:
