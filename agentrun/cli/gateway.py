@@ -5,10 +5,8 @@ from __future__ import annotations
 import gc
 import ipaddress
 import os
-import socket
 import sys
-from collections.abc import AsyncGenerator
-from contextlib import asynccontextmanager
+from contextlib import ExitStack
 from pathlib import Path
 
 import anyio
@@ -76,29 +74,21 @@ async def gateway(
     except OSError as error:
         raise Fatal(f"cannot listen on {host}:{port}: {error.strerror or error}") from error
     address = f"http://{host if ':' not in host else f'[{host}]'}:{sockets[0].getsockname()[1]}"
-    async with (
-        _closed(sockets),
-        seen_as("agentrun-gateway"),
-        Gateway(url, auth=auth, namespace=app.namespace, settings=settings) as served,
-        anyio.create_task_group() as group,
-    ):
-        if while_stdin:
-            group.start_soon(_stop_with_stdin)
-        gc.collect()
-        gc.freeze()  # what was imported stays: looking at it again would hold up every stream for 50 ms
-        click.echo(f"gateway on {address}" + (", open to everybody on this machine" if insecure else ""))
-        await serve(served, sockets, drain=served.drain, max_message=settings.max_body)
-        group.cancel_scope.cancel()
-
-
-@asynccontextmanager
-async def _closed(sockets: list[socket.socket]) -> AsyncGenerator[None]:
-    """Close what listens, also where it is never served."""
-    try:
-        yield
-    finally:
+    with ExitStack() as listening:
         for listener in sockets:
-            listener.close()
+            listening.enter_context(listener)  # closed also where it is never served
+        async with (
+            seen_as("agentrun-gateway"),
+            Gateway(url, auth=auth, namespace=app.namespace, settings=settings) as served,
+            anyio.create_task_group() as group,
+        ):
+            if while_stdin:
+                group.start_soon(_stop_with_stdin)
+            gc.collect()
+            gc.freeze()  # what was imported stays: looking at it again would hold up every stream for 50 ms
+            click.echo(f"gateway on {address}" + (", open to everybody on this machine" if insecure else ""))
+            await serve(served, sockets, drain=served.drain, max_message=settings.max_body)
+            group.cancel_scope.cancel()
 
 
 def _keys(secret_file: Path | None, public_keys: tuple[Path, ...], jwks: str | None) -> list[Keys]:

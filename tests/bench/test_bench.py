@@ -45,7 +45,9 @@ def test_turns() -> None:
     assert list(rows) == ["1 sessions", "3 sessions"]
     for sessions, figures in zip((1, 3), rows.values(), strict=True):
         assert figures["turns_measured"] == sessions
-        assert all(figures[f"{what}_p50_ms"] > 0 for what in ("send_stored", "turn_started", "first_token"))
+        # A reader may see the turn's start before the sender hears that it was stored.
+        assert figures["send_stored_p50_ms"] > 0
+        assert 0 < figures["turn_started_p50_ms"] <= figures["first_token_p50_ms"]
         assert figures["first_token_p50_ms"] <= figures["first_token_p90_ms"] <= figures["first_token_p99_ms"]
         assert figures["turns_per_s"] > 0
 

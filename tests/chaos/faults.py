@@ -74,7 +74,7 @@ class Faults:
         weights = [self._plans[kind][0] for kind in self._kinds]
         async with anyio.create_task_group() as group:
             while (left := until - time.monotonic()) > (-_OVERTIME if self._surely else 0.0):
-                await anyio.sleep(min(self._dice.expovariate(1 / self._pace), max(left, 1.0)))
+                await anyio.sleep(min(self._dice.expovariate(1 / self._pace), left if left > 0 else 1.0))
                 if self._surely:
                     if await self.apply(self._surely[0]):
                         del self._surely[0]

@@ -27,12 +27,13 @@ class Scene:
         self.book.note(Sent(session=session, turn=id, offset=turn.offset, on_busy="enqueue", text=text))
         return turn
 
-    async def attempt(self, turn: Turn, number: int) -> None:
-        """Wait until such an attempt at a turn has begun."""
+    async def attempt(self, turn: Turn, number: int) -> int:
+        """Wait until such an attempt at a turn has begun; return the offset at which it has."""
         async with turn.session.follow() as events:
             async for event in events:
                 if event.turn == turn.id and isinstance(event.data, TurnStarted) and event.data.attempt >= number:
-                    return
+                    return event.offset
+        raise AssertionError("a follow never ends by itself")
 
 
 @asynccontextmanager

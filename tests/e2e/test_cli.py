@@ -1,4 +1,4 @@
-"""The commands, each as a process of its own."""
+"""The commands: each once as a process of its own, what else there is to see of it within this one."""
 
 from __future__ import annotations
 

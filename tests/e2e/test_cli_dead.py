@@ -40,7 +40,7 @@ def test_what_gave_up_is_listed_with_its_reason(cli: Cli) -> None:
     assert time.time() - 60 < entry["time"] < time.time() + 5
     assert cli.within("status", "--json").json["dead"] == 1
     assert cli.within("status").out.endswith("1 gave up, see agentrun dead list\n")
-    shown = cli.within("dead", "list").out.splitlines()
+    shown = cli.run("dead", "list").out.splitlines()
     assert shown[0].split()[:3] == ["session", "turn", "agent"]
     assert shown[1].split()[:3] == ["a", "t1", "echo"]
     assert "gave up after 1 attempts" in shown[1]

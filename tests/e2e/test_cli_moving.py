@@ -10,7 +10,7 @@ import subprocess
 import sys
 import termios
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -108,14 +108,8 @@ def test_an_import_to_which_nothing_comes_ends_with_ctrl_c(file: Cli) -> None:
         assert process.stdin is not None
         process.stdin.write(b"\n")
         process.stdin.flush()
-        until = time.monotonic() + 30
-        while fionread(process.stdin.fileno()) and time.monotonic() < until:
-            time.sleep(0.02)
-        process.send_signal(signal.SIGINT)
-        try:
-            assert process.wait(20) == 130
-        finally:
-            process.kill()
+        stdin = process.stdin.fileno()
+        interrupt(process, when=lambda: fionread(stdin) == 0)
         assert process.stderr is not None
         assert process.stderr.read() == b""
 
@@ -129,14 +123,8 @@ def test_an_export_that_nobody_takes_ends_with_ctrl_c(file: Cli) -> None:
     )
     with process:
         assert process.stdout is not None
-        until = time.monotonic() + 30
-        while fionread(process.stdout.fileno()) < 60_000 and time.monotonic() < until:
-            time.sleep(0.02)
-        process.send_signal(signal.SIGINT)
-        try:
-            assert process.wait(20) == 130
-        finally:
-            process.kill()
+        stdout = process.stdout.fileno()
+        interrupt(process, when=lambda: fionread(stdout) >= 60_000)
 
 
 def test_an_export_that_is_taken_slowly_is_whole(file: Cli) -> None:
@@ -153,6 +141,19 @@ def test_an_export_that_is_taken_slowly_is_whole(file: Cli) -> None:
             time.sleep(0.02)
         assert process.wait(20) == 0
     assert taken.decode().splitlines()[1:] == whole.splitlines()[1:]  # the first one has the time
+
+
+def interrupt(process: subprocess.Popen[bytes], when: Callable[[], bool]) -> None:
+    """Send Ctrl-C when it has come so far, and see that it ends by it."""
+    until = time.monotonic() + 30
+    try:
+        while not when():
+            assert time.monotonic() < until
+            time.sleep(0.02)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(20) == 130
+    finally:
+        process.kill()
 
 
 def fionread(pipe: int) -> int:
