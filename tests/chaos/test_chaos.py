@@ -25,19 +25,19 @@ SCALE = Scale(sessions=10, think=0.5, life=10, longest=5)
 async def test_promises_hold_while_processes_and_connections_break(tmp_path: Path) -> None:
     setup = Setup(folder=tmp_path, seed=7)
     surely = ("kill", "server crash", "suspend", "cable silent")
-    _assert_kept(await play(setup, SCALE, seconds=12, pace=1.5, surely=surely), surely)
+    _assert_kept(await play(setup, SCALE, seconds=20, pace=1.5, surely=surely), surely)
 
 
 async def test_promises_hold_while_a_cluster_loses_its_leader(tmp_path: Path) -> None:
     setup = Setup(folder=tmp_path, seed=8, broker="nats cluster")
     surely = ("kill", "leader crash", "leader steps down", "leader parted")
-    _assert_kept(await play(setup, SCALE, seconds=16, pace=2.0, surely=surely), surely)
+    _assert_kept(await play(setup, SCALE, seconds=30, pace=2.0, surely=surely), surely)
 
 
 async def test_promises_hold_on_valkey_while_it_breaks_and_fails_over(tmp_path: Path) -> None:
     setup = Setup(folder=tmp_path, seed=9, broker="valkey")
     surely = ("kill", "server crash", "failover", "clients killed", "scripts flushed", "server suspend")
-    _assert_kept(await play(setup, SCALE, seconds=14, pace=1.5, surely=surely), surely)
+    _assert_kept(await play(setup, SCALE, seconds=25, pace=1.5, surely=surely), surely)
 
 
 def _assert_kept(outcome: Outcome, happened: tuple[str, ...]) -> None:
